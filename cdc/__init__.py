@@ -23,6 +23,7 @@ from cdc.core.errors import (
     Unavailable,
     UsageError,
 )
+from cdc.core.limits import Limit
 from cdc.core.model import Change, Operation, UnreadableDocumentError
 from cdc.core.router import Router
 
@@ -32,6 +33,7 @@ __all__ = [
     "ConnectError",
     "Discard",
     "Failed",
+    "Limit",
     "NotFoundError",
     "Operation",
     "RefusedError",

@@ -30,7 +30,7 @@ BEGIN
         'cdc_backfills', 'cdc_backfills_id_seq', 'cdc_due_changes', 'cdc_due_changes_number_seq', 'cdc_barriers',
         'cdc_columns', 'cdc_subscriptions', 'cdc_subscriptions_subscription_seq', 'cdc_positions',
         'cdc_subscription_changes', 'cdc_controls', 'cdc_controls_id_seq', 'change_attempts', 'change_attempts_id_seq',
-        'cdc_actions', 'cdc_actions_id_seq',
+        'cdc_actions', 'cdc_actions_id_seq', 'cdc_limit_leases',
         'action_processing_dashboard', 'recent_action_history']))
   ), routine (oid, name, owner) AS (
     SELECT p.oid, p.oid::regprocedure::text, p.proowner

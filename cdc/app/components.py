@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Sized
 from dataclasses import dataclass, field
 from functools import partial
@@ -249,6 +250,7 @@ def _limits(settings: Settings, router: Router, breakers: CircuitBreakers) -> Ha
         threads=settings.threads,
         transactions=settings.transactions,
         breakers=breakers.of,
+        clock=time.monotonic,
     )
 
 
@@ -345,6 +347,7 @@ def _consumer_settings(
         scope=scope,
         subscription=subscription.number if subscription else shard_locks.DEFAULT,
         beside=beside,
+        subscription_name=settings.subscription,
     )
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cdc.postgres.admin import ChangeSummary
     from cdc.postgres.backfill import Backfill
     from cdc.postgres.controls import Control
+    from cdc.postgres.limit_admin import SetLimit
     from cdc.postgres.subscriptions import SubscriptionProgress
 
 
@@ -32,6 +33,15 @@ def change_document(entry: ChangeSummary) -> dict[str, Any]:
 def control_document(control: Control) -> dict[str, Any]:
     return {**asdict(control.pause), "scope": control.pause.scope, "role": control.role, "set_at": control.set_at,
             "until": control.until}  # fmt: skip
+
+
+def limit_document(each: SetLimit) -> dict[str, Any]:
+    setting, limit = each.setting, each.setting.limit
+    return {
+        "id": setting.id, "handler": setting.handler, "subscription": setting.subscription, "rate": limit.rate,
+        "burst": limit.burst, "at_once": limit.at_once, "by": limit.by, "because": setting.because,
+        "set_by": setting.set_by, "role": each.role, "set_at": each.set_at,
+    }  # fmt: skip
 
 
 def subscription_document(each: SubscriptionProgress) -> dict[str, Any]:

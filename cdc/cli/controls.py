@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cdc.app.config import Settings
-from cdc.app.documents import control_document
+from cdc.app.documents import control_document, limit_document
 from cdc.cli.acting import actor, because_option, checked, user
 from cdc.cli.options import database_options, json_option, open_database
 from cdc.cli.output import print_json, print_table, say
@@ -146,13 +146,21 @@ def end(
 @database_options
 @json_option
 def controls(settings: Settings, as_json: bool) -> None:
-    """List what is paused: who paused it, when, until when and why."""
+    """List what is paused and limited: who decided it, when, until when and why."""
+    from cdc.cli.limits import print_limits  # noqa: PLC0415 - it names this module
     from cdc.postgres.controls import Controls  # noqa: PLC0415 - see begin
+    from cdc.postgres.limit_admin import LimitAdmin  # noqa: PLC0415 - see begin
 
     with open_database(settings) as connection:
         found = Controls(settings.schema_).all(connection)
+        limits = LimitAdmin(settings.schema_).all(connection)
     if as_json:
-        print_json({"controls": [control_document(each) for each in found]})
+        print_json(
+            {
+                "controls": [control_document(each) for each in found],
+                "limits": [limit_document(each) for each in limits],
+            }
+        )
         return
     print_table(
         ["paused", "key", "since", "for", "until", "by", "because"],
@@ -165,6 +173,8 @@ def controls(settings: Settings, as_json: bool) -> None:
     )  # fmt: skip
     if not found:
         say("nothing is paused")
+    if limits:
+        print_limits(limits)
 
 
 def named(

@@ -29,6 +29,8 @@ class Admission(Enum):
     DEFER = auto()
     DEFER_BLOCKED = auto()
     """A mark is made; with blocked, an earlier change of its key waits."""
+    PUT_OFF = auto()
+    """It is over the limit of its handler: a mark is made, and held."""
     REJECT = auto()
     TAKE = auto()
 

@@ -113,6 +113,17 @@ class DeferredKeys:
             mark.until, mark.blocked = None, False
             self.request_read(key)
 
+    def release(self, key: Key) -> None:
+        """Read the key now, if it is held."""
+        mark = self.watermarks.get(key)
+        if mark is not None and mark.until is not None:
+            mark.until, mark.blocked = None, False
+            self.request_read(key)
+
+    def count(self, entity_type: str) -> int:
+        """How many keys of the type have a mark."""
+        return self._limit.held(entity_type)
+
     def forget(self, keys: Iterable[Key]) -> None:
         for key in keys:
             del self.watermarks[key]

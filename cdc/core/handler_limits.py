@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from cdc.core.circuit_breaker import CircuitBreaker
+from cdc.core.handler_permits import Limits
 from cdc.core.model import Change, Operation
 from cdc.core.ready_queues import ReadyQueues, Requirements
 from cdc.core.router import ANY, Handler, Router
@@ -33,8 +34,10 @@ class HandlerLimits:
         threads: int,
         transactions: int,
         breakers: Mapping[str, CircuitBreaker] | None = None,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.router = router
+        self.limits = Limits(router, clock=clock)
         self._breakers = breakers or {}
         self._known: dict[tuple[str, str], Requirements] = {}
         types = {entity_type for entity_type, _ in router.handlers}
@@ -56,7 +59,13 @@ class HandlerLimits:
             needs = self._of_handler(*kind, handler) if handler else Requirements(change.entity_type)
             if len(self._known) < _KINDS_MAX:
                 self._known[kind] = needs
+        if needs.limit is not None and needs.limit.limit.by is not None:
+            return needs._replace(by=needs.limit.key(change))
         return needs
+
+    def limits_changed(self) -> None:
+        """Others are in force than before."""
+        self._known.clear()
 
     def pauses(self, kind: tuple[str, str] | None) -> bool:
         """Whether a dead letter of this type and operation blocks its key. None: of a type that no handler can name."""
@@ -69,11 +78,13 @@ class HandlerLimits:
 
     def _of_handler(self, entity_type: str, operation: str, handler: Handler) -> Requirements:
         read = operation == Operation.READ
-        run = (_READ_RUN_MAX if read else _RUN_MAX) if handler.single else 1
+        limit = self.limits.of.get(handler.name)
+        # A limited call is made as soon as it is counted.
+        run = (_READ_RUN_MAX if read else _RUN_MAX) if handler.single and limit is None else 1
         breaker = self._breakers.get(handler.name)
         return Requirements(
             entity_type, handler, _pools(handler), run=run, breaker=breaker, read=read,
-            after_settled=handler.transactional or handler.latest,
+            after_settled=handler.transactional or handler.latest, limit=limit,
         )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from typing import Final
 
 from cdc.core.admission import Admission
 from cdc.core.model import Change, Key, Operation
+from cdc.core.over_limit import OverLimit
 from cdc.core.router import ANY, Router
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 
@@ -124,10 +125,12 @@ NONE: Final = Pauses()
 class Held:
     """What is held at present, for the scheduler."""
 
-    __slots__ = ("due", "pauses")
+    __slots__ = ("due", "over", "pauses")
 
     def __init__(self) -> None:
         self.pauses = NONE
+        self.over: OverLimit | None = None
+        """What is over a limit of a handler; None: no handler has one over all consumers."""
         self.due: set[int] = set()
         """The numbers of waiting changes of held keys that a read of due changes has brought."""
 

@@ -4,7 +4,7 @@ The keys of one entity type and handler stand in one queue, in the order in whic
 turns, with one key each, or a run of several if calls of the handler may return at once. A start takes a slot, and
 a place in each pool that its handler uses (threads, connections). Each handler has a limit in all of them, so that
 handlers that hang leave slots, threads and connections to the others. A change that would wait for a place in a pool
-does not start, and holds no slot meanwhile. Nor does a change that its handler's circuit breaker holds back.
+does not start, and holds no slot meanwhile. Nor does a change that its handler's circuit breaker or limit holds back.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from cdc.core.circuit_breaker import CircuitBreaker
 from cdc.core.dynamic_limit import DynamicLimit
+from cdc.core.handler_permits import HandlerPermits
 from cdc.core.model import Change, Key
 from cdc.core.router import Handler
 
@@ -30,7 +31,8 @@ class Requirements(NamedTuple):
     """What a change needs to start: a slot, and a place in each of ``pools``, within the limits of type and handler.
 
     ``after_settled``: it starts when those of its key before it have settled. ``run``: how many may start at a time.
-    ``breaker``: the handler's. ``read``: it is of a backfill, and takes turns with what was written.
+    ``breaker``: the handler's. ``read``: it is of a backfill, and takes turns with what was written. ``limit``: the
+    handler's over all consumers, if it has one, and ``by`` which key of that.
     """
 
     entity_type: str
@@ -40,6 +42,8 @@ class Requirements(NamedTuple):
     run: int = 1
     breaker: CircuitBreaker | None = None
     read: bool = False
+    limit: HandlerPermits | None = None
+    by: str = ""
 
 
 class Run(NamedTuple):
@@ -124,6 +128,8 @@ class ReadyQueues:
         if needs.breaker is not None and needs.breaker.tripped:
             needs.breaker.trial(len(changes))
             self._trials.update(dict.fromkeys(changes, needs.breaker))
+        if needs.limit is not None:
+            needs.limit.take(needs.by, len(changes))
 
     def ended(self, changes: Iterable[Change]) -> None:
         """Free the places of these changes. One that ran in the batch of another holds none, and changes nothing."""
@@ -135,6 +141,8 @@ class ReadyQueues:
                     breaker.trial(-1)
         for change in changes:
             needs = self._started.pop(change, None)
+            if needs is not None and needs.limit is not None:
+                needs.limit.ended(needs.by, change)
             if needs is not alike:
                 if alike is not None:
                     self._free(alike, places)
@@ -142,6 +150,21 @@ class ReadyQueues:
             places += 1
         if alike is not None:
             self._free(alike, places)
+
+    def begins(self, change: Change) -> None:
+        """The call of a started change begins."""
+        needs = self._started.get(change)
+        if needs is not None and needs.limit is not None:
+            needs.limit.begins(needs.by, change)
+
+    def over_limit(self) -> dict[tuple[str, str], int]:
+        """How many keys are ready that a limit is about, by handler and key of the limit."""
+        counts: dict[tuple[str, str], int] = {}
+        for needs, queue in self.queues.items():
+            if needs.limit is not None:
+                named = needs.limit.name, needs.by
+                counts[named] = counts.get(named, 0) + len(queue)
+        return counts
 
     def forget_ready(self) -> None:
         self.queues.clear()
@@ -151,12 +174,16 @@ class ReadyQueues:
             needs.breaker is not None and needs.breaker.tripped and not needs.breaker.room
         ):
             return False
+        if needs.limit is not None and not needs.limit.room(needs.by):
+            return False
         return not needs.pools or all(self._pools[pool].admits(needs[_USER]) for pool in needs.pools)
 
     def _room(self, needs: Requirements) -> int:
         room = self._slots.room(needs[_USER])
         if needs.breaker is not None and needs.breaker.tripped:
             room = min(room, needs.breaker.room)
+        if needs.limit is not None and room:
+            room = min(room, needs.limit.room(needs.by))
         return min([room, *(self._pools[pool].room(needs[_USER]) for pool in needs.pools)]) if needs.pools else room
 
     def _free(self, needs: Requirements, places: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from cdc.core.change_filter import ChangeFilter
 from cdc.core.errors import UsageError
+from cdc.core.limits import Limit
 from cdc.core.model import OF_TABLES, Change, Operation
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 
@@ -70,6 +71,8 @@ class Handler:
     """One call stands for all the changes of its key that wait."""
     quiet_s: float = 0.0
     """With ``latest``: for how many seconds no further change of the key has come before the call."""
+    limit: Limit | None = None
+    """How often it may be called, over all consumers."""
     at_most_s: float = 0.0
     """With ``latest``: seconds from the first change after which the call is made in any case."""
 
@@ -129,6 +132,7 @@ class Router:
         latest: bool = False,
         settle: float = 0.0,
         at_most: float | None = None,
+        limit: Limit | None = None,
         name: str | None = None,
     ) -> Callable[[Function], Function]:
         """Declare the handler of an entity type ("*": of every type without a rule of its own).
@@ -153,20 +157,20 @@ class Router:
         With ``latest`` one call stands for all the changes of its key that wait: ``old`` is of the first, ``new`` and
         all else of the last, and ``change.coalesced`` says how many there were. The call is made when no further one
         has come for ``settle`` seconds, and ``at_most`` seconds (default: ten times ``settle``) after the first in any
-        case. ``changed`` and ``when`` are asked about the change that the call would get. Not for batches.
+        case. ``changed`` and ``when`` are asked about what a call gets. Not for batches. ``limit``: ``cdc.Limit``.
         """
         slots = [(_entity_type(entity_type), operation) for operation in _operations(operations)]
         _numbers(int, max_attempts=max_attempts, batch=batch, group=group)
         _numbers(float, timeout=timeout, linger=linger, settle=settle, at_most=at_most)
         _positive(max_attempts=max_attempts, timeout=timeout, batch=batch, group=group)
-        quiet_s, at_most_s = _quiet(latest, settle, at_most)
         made = partial(
             Handler, pauses=_pauses(dead), linger_s=_linger(linger), model=model, max_attempts=max_attempts,
-            timeout_s=timeout, filter=_filter(changed, when), latest=latest, quiet_s=quiet_s, at_most_s=at_most_s,
+            timeout_s=timeout, filter=_filter(changed, when), limit=_limit(limit), **_quiet(latest, settle, at_most),
         )  # fmt: skip
 
         def declare(function: Function) -> Function:
-            handler = self._named(made(name=name or _name(function), **_called(function, batch, group, latest)), name)
+            called = _called(function, batch, group, latest, limit)
+            handler = self._named(made(name=name or _name(function), **called), name)
             for slot in slots:
                 self._fill(slot, handler)
             return function
@@ -377,7 +381,8 @@ def _linger(seconds: float) -> float:
     return seconds
 
 
-def _quiet(latest: bool, settle: float, at_most: float | None) -> tuple[float, float]:
+def _quiet(latest: bool, settle: float, at_most: float | None) -> dict[str, Any]:
+    """The fields of a handler about how long a key is to be quiet."""
     if not latest and (settle or at_most is not None):
         raise UsageError(
             "router.on(..., settle=, at_most=): only a handler with latest=True waits for a key to settle",
@@ -386,21 +391,34 @@ def _quiet(latest: bool, settle: float, at_most: float | None) -> tuple[float, f
     if not 0 <= settle <= _QUIET_MAX_S:
         raise UsageError(f"router.on(..., settle={settle!r}): seconds, from 0 to {_QUIET_MAX_S:g}")
     if at_most is None:
-        return settle, _AT_MOST * settle
+        return {"latest": latest, "quiet_s": settle, "at_most_s": _AT_MOST * settle}
     if not settle <= at_most < inf:
         raise UsageError(f"router.on(..., at_most={at_most!r}): seconds, not below settle={settle!r}")
-    return settle, at_most
+    return {"latest": latest, "quiet_s": settle, "at_most_s": at_most}
 
 
-def _called(function: Callable[..., Any], batch: int | None, group: int | None, latest: bool) -> dict[str, Any]:
+def _limit(limit: object) -> Limit | None:
+    if limit is not None and not isinstance(limit, Limit):
+        raise UsageError(f"router.on(..., limit={limit!r}): no limit", hint='write limit=cdc.Limit(rate="14/s")')
+    return limit
+
+
+def _called(
+    function: Callable[..., Any], batch: int | None, group: int | None, latest: bool, limit: Limit | None
+) -> dict[str, Any]:
     """The fields of a handler that depend on its function."""
     if latest:
         _refuse_several(function, group)
+    if limit is not None and limit.by is not None and CHANGES in inspect.signature(function).parameters:
+        raise UsageError(
+            f"handler {_name(function)} takes batches, and its limit is by key: a batch has changes of any key",
+            hint="write it as def handler(change), or leave by= out",
+        )
     return {
         "function": function,
         "is_async": inspect.iscoroutinefunction(_unwrapped(function)),
         "transactional": _takes_connection(function),
-        "group": 1 if latest else _group(function, group),
+        "group": 1 if latest or limit else _group(function, group),
         "batch": _batch(function, batch),
     }
 

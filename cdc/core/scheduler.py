@@ -33,16 +33,17 @@ until they return, unsettled; and the outcomes not written yet, with their place
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from operator import attrgetter
 
 from cdc.core.admission import Admission, Admitted, Row
+from cdc.core.batch_start import BatchStart
 from cdc.core.deferred_keys import DeferredKeys, KeyRead
 from cdc.core.dynamic_limit import DynamicLimit, Room
 from cdc.core.fast_change import fast_make
 from cdc.core.key_queue import KeyQueue
 from cdc.core.model import SEQ_MAX, Change, Committed, Key
+from cdc.core.over_limit import OverLimit
 from cdc.core.pauses import Held, Pauses
 from cdc.core.read_reconciler import ReadReconciler, Settlement
 from cdc.core.ready_queues import NOTHING, ReadyQueues, Requirements, Run
@@ -105,7 +106,8 @@ class KeyScheduler:
 
     def room_for(self, entity_type: str) -> Room:
         """How many more changes of this type the window takes."""
-        free = 0 if self.held.pauses.holds(entity_type) else self.window.room(entity_type)
+        over = self.held.over is not None and self.held.over.full(entity_type)
+        free = 0 if over or self.held.pauses.holds(entity_type) else self.window.room(entity_type)
         return Room(free, max(1, min(self.worth, (self.window.held(entity_type) + free) // 2)))
 
     @property
@@ -138,6 +140,14 @@ class KeyScheduler:
             self._unblock(key)
         for queue in [queue for queue in self._queues.values() if queue.queued and pauses.hold(queue.key)]:
             self._drop_queue(queue, remember=False)
+
+    def limit(self, over_limit: OverLimit | None) -> None:
+        """Other limits are in force than before: what is ready is sorted again."""
+        self.held.over = over_limit
+        self.ready_queues.forget_ready()
+        for queue in self._queues.values():
+            if queue.queued and not queue.running and not queue.orphan:
+                self._make_ready(queue)
 
     # --- shards ----------------------------------------------------------------------------------------------------
 
@@ -210,6 +220,10 @@ class KeyScheduler:
                     self._defer(key, change.seq, change.shard, decision is Admission.DEFER_BLOCKED, change.seq)
                     if row.blocked and key in unblocked:
                         self._unblock(key)
+                case Admission.PUT_OFF:
+                    self._defer(key, change.seq, change.shard, last=change.seq)
+                    if self.held.over is not None:
+                        self.held.over.put_off(self._needs(change), key)
                 case Admission.REJECT:
                     barred |= row.barred
                     rejected_keys.add(key)
@@ -234,12 +248,14 @@ class KeyScheduler:
         blocked = row.blocked or behind or waiting.get(key, change.seq) < change.seq
         closed = self.coalesces and not due and queue is not None and self._takes_no_more(queue)
         if not (blocked or row.barred or closed) and (queue is None or len(queue.queued) < self.key_capacity):
-            return Admission.TAKE if self.window.admits(change.entity_type) else Admission.REJECT
-        if due:
-            return Admission.RUNS_LATER
+            room = Admission.TAKE if self.window.admits(change.entity_type) else Admission.REJECT
+            if self.held.over is None or queue is not None:
+                return room
+            return self.held.over.admission(self._needs(change), change, due=due) or room
         # The mark of a key that is read on has just made room.
         refused = row.barred or (not key_read and not self.deferred.has_room(key))
-        return Admission.REJECT if refused else Admission.DEFER_BLOCKED if blocked else Admission.DEFER
+        deferred = Admission.REJECT if refused else Admission.DEFER_BLOCKED if blocked else Admission.DEFER
+        return Admission.RUNS_LATER if due else deferred
 
     def admit_key_read(self, request: KeyRead, rows: Sequence[Row], *, complete: bool) -> Admitted:
         """The answer to a ``KeyRead``. ``complete``: these are all changes of the key. Returns what is barred."""
@@ -277,6 +293,8 @@ class KeyScheduler:
                     self.fenced()
             if started:
                 self.ready_queues.started(started, needs)
+                if self.held.over is not None:
+                    self.held.over.started(needs)
                 return _RUN((needs.handler, started))
         return NOTHING
 
@@ -296,23 +314,8 @@ class KeyScheduler:
 
         if len(batch) > 1:
             self.free_places(batch[-1])
-        for key in dict.fromkeys(change.key for change in batch):
-            self._start_run(self._queues[key], batch, limit, belongs)
-        others: list[KeyQueue] = []
-        while len(batch) < limit and (keys := deque(self.ready_queues.take(handler, limit - len(batch)))):
-            while keys and len(batch) < limit:
-                queue = self._queues.get(keys.popleft())
-                if queue is None or not queue.startable:
-                    continue
-                if belongs(queue.queued[0]):
-                    self._start_run(queue, batch, limit, belongs)
-                else:
-                    others.append(queue)
-            for queue in map(self._queues.get, reversed(keys)):
-                if queue is not None and queue.needs is not None:
-                    self.ready_queues.put_back(queue.key, queue.needs)
-        for queue in others:
-            self._make_ready(queue)
+        starting = BatchStart(self.ready_queues, self._queues, self._start_next, self._make_ready)
+        starting.fill(batch, limit, handler, belongs)
 
     def finished(self, batch: Sequence[Settlement]) -> list[Settlement]:
         """The handlers of these started changes ended. Those of one key stand in ``seq`` order.
@@ -408,7 +411,7 @@ class KeyScheduler:
 
     def key_reads(self, limit: int) -> list[KeyRead]:
         """Reads of deferred keys, of one type that has room, each requested once; answer with ``admit_key_read``."""
-        return self.deferred.take_reads(limit, lambda name: self.room_for(name).free > 0) if self.deferred.reads else []
+        return self.deferred.take_reads(limit, lambda name: not self.held.holds(name) and self.window.room(name) > 0)
 
     def _make_ready(self, queue: KeyQueue) -> None:
         queue.needs = self._needs(queue.queued[0])
@@ -419,12 +422,6 @@ class KeyScheduler:
         queue.running.append(change)
         self.ownership.started(change)
         return change
-
-    def _start_run(self, queue: KeyQueue, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
-        while queue.queued and len(batch) < limit and belongs(queue.queued[0]):
-            if queue.running and queue.queued[0].seq < queue.running[-1].seq:
-                return  # an operator requeued it meanwhile: it runs by itself
-            batch.append(self._start_next(queue))
 
     def _enqueue(self, key: Key, change: Change) -> None:
         queue = self._queues.get(key)

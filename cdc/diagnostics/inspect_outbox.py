@@ -64,7 +64,7 @@ from cdc.postgres.shard_locks import MAY_MARK, lock_class, outbox_name
 
 _INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets", "cdc_backfills", "cdc_due_changes", "cdc_barriers",
              "cdc_columns", "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes",
-             "cdc_controls", "change_attempts", "cdc_actions")  # fmt: skip
+             "cdc_controls", "change_attempts", "cdc_actions", "cdc_limit_leases")  # fmt: skip
 """Other tables of an outbox."""
 
 _WAITING_EXAMINED_MAX = 10_000

@@ -18,6 +18,7 @@ from cdc.core.rebalance import NoShardReminder, balance
 from cdc.core.shard_ownership import ShardOwnership
 from cdc.core.sqlstate import passes
 from cdc.engine.crash_guard import CrashGuard
+from cdc.engine.limiting import Limiting
 from cdc.engine.pausing import Pausing
 from cdc.engine.settler import Settler
 from cdc.observability.metrics import ConsumerMetrics
@@ -41,6 +42,7 @@ class Balancing:
         *,
         acquired: Callable[[], None],
         pausing: Pausing,
+        limiting: Limiting,
         readers: Callable[[ShardSession], None] = lambda session: None,
     ) -> None:
         self._ownership = ownership
@@ -50,6 +52,7 @@ class Balancing:
         self._acquired = acquired
         self._readers = readers
         self.pausing = pausing
+        self.limiting = limiting
         self._warned = False
         self._without = NoShardReminder()
         self._delay = Delay()
@@ -73,6 +76,8 @@ class Balancing:
         polled = await session.poll()
         if polled.pauses is not None:
             self.pausing.became(polled.pauses)
+        if polled.limits is not None:
+            self.limiting.became(polled.limits)
         if not session.may_see_controls and not self._warned:
             log.warning(
                 "what is paused (cdc pause) cannot be seen, so nothing is: run cdc db upgrade, or cdc db grant"

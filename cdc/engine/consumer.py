@@ -36,6 +36,7 @@ from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher
 from cdc.engine.executor import Executor
 from cdc.engine.hooks import Hooks
+from cdc.engine.limiting import Limiting
 from cdc.engine.notifications import Notifications
 from cdc.engine.pausing import Pausing
 from cdc.engine.reader import Reader
@@ -45,6 +46,7 @@ from cdc.observability.metrics import Metrics
 from cdc.observability.snapshots import ConsumerStatus
 from cdc.postgres.barriers import Barriers
 from cdc.postgres.connect import connect_async
+from cdc.postgres.limits import Leases
 from cdc.postgres.loaders import read_changes
 from cdc.postgres.outbox import READ_LIMIT_S, READ_LIMITS, Store
 from cdc.postgres.pages import Settled
@@ -107,15 +109,19 @@ class Consumer:
         self._scheduler.fenced = self._settler.hurry
         self._dispatcher = Dispatcher(
             self._scheduler, executor, settings.concurrency, connections=settings.transactions,
-            crash_guard=self.crash_guard, coalescing=Coalescing(demand.router, store), finished=self._settler.put,
-            reread=self._reread, put_off=self.notifications.due.set,
+            crash_guard=self.crash_guard, coalescing=Coalescing(demand.router, store), permits=demand.limits.of,
+            finished=self._settler.put, reread=self._reread, put_off=self.notifications.due.set,
         )  # fmt: skip
         executor.breakers.changed = self._dispatcher.breaker_changed
         ownership.subscribe(self._planner, self._settler, self.crash_guard)
         pausing = Pausing(self._scheduler, demand.router, give_back=self._dispatcher.hold, reread=self.sweep_now)
+        limiting = Limiting(
+            self._scheduler, demand, Leases(settings.schema, str(store.process), settings.subscription_name),
+            str(store.process), free=self._may_start, soon=pausing.ask_soon,
+        )  # fmt: skip
         self._balancing = Balancing(
             ownership, self._settler, self.crash_guard, metrics.consumer, acquired=self._reread,
-            pausing=pausing, readers=self._others_read,
+            pausing=pausing, readers=self._others_read, limiting=limiting,
         )  # fmt: skip
         self._drained = asyncio.Event()
 
@@ -164,6 +170,7 @@ class Consumer:
             unread_s=_since(self._reads.delayed_since),
             pauses=self.pauses.all,
             pauses_read_at=self._balancing.pausing.read_at,
+            limits=self._balancing.limiting.status,
         )
 
     # --- connections -----------------------------------------------------------------------------------------------
@@ -247,6 +254,7 @@ class Consumer:
         with contextlib.suppress(psycopg.Error, OSError):
             async with deadline(_LAST_SETTLE_S):
                 await self.crash_guard.clear()
+                await self._balancing.limiting.give_back(session)
                 async with session.writing:
                     if self._store.may_advance(time.monotonic()):
                         await self._store.advance(session.connection, self._scheduler.ownership.owned)
@@ -269,6 +277,7 @@ class Consumer:
             if await self._balancing.poll(session, time.monotonic()):
                 self.lifecycle.iterated("shards", answered=True)
                 await self._advance(session)
+                await self._lease(session)
             await self._balancing.pausing.until_asked(self.lifecycle.stopping)
         while not self._drained.is_set():  # the server ends a session that is silent
             await self._balancing.ask(session, time.monotonic())
@@ -280,6 +289,15 @@ class Consumer:
             with self._balancing.patience(session, time.monotonic()):
                 async with session.writing:
                     await self._store.advance(session.connection, owned)
+
+    async def _lease(self, session: ShardSession) -> None:
+        with self._balancing.patience(session, time.monotonic()):
+            await self._balancing.limiting.renew(session)
+
+    def _may_start(self) -> None:
+        """Something that a limit held back may go on."""
+        self._dispatcher.dispatch()
+        self._read_if_room_helps()
 
     def _others_read(self, session: ShardSession) -> None:
         self.notifications.relays_all = session.others_read(len(self._settings.beside))

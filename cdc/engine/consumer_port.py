@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cdc.core.pauses import Pauses
+from cdc.core.subscription import DEFAULT as DEFAULT_NAME
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.engine.notifications import Notifications
 from cdc.engine.reconnecting import Lifecycle
@@ -35,6 +36,7 @@ class ConsumerSettings:
     scope: TypeFilter = EVERYTHING
     subscription: int = DEFAULT
     beside: Sized = ()
+    subscription_name: str = DEFAULT_NAME
 
 
 class ConsumerPort(Protocol):

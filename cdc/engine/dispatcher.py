@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, S
 from typing import Any
 
 from cdc.core.attempts import FailedAttempt
+from cdc.core.handler_permits import HandlerPermits
 from cdc.core.lost_transactions import LOSSES_MAX, Losses
 from cdc.core.model import Change, Dead, Key, Outcome
 from cdc.core.read_reconciler import Settlement
@@ -38,12 +39,13 @@ log = logging.getLogger("cdc.consumer")
 _CHANGES_PER_ITERATION = 100
 """Handlers that never wait would otherwise keep the event loop busy for a whole window."""
 _CUT_OFF_S = 5.0
+_NO_LIMITS: Mapping[str, HandlerPermits] = {}
 _ASK_AGAIN_S = 0.1
 """Until the change's lock or the server is free again; the key stays blocked meanwhile."""
 
 
 class Dispatcher:
-    """At most ``concurrency`` workers; ``connections`` for transactional handlers.
+    """At most ``concurrency`` workers; ``connections`` for transactional handlers; ``permits`` of those with a limit.
 
     ``finished`` is given the outcomes, and hands them on to the scheduler (``Settler.put``). ``reread`` is called when
     the scheduler wants a key to be read again, ``put_off`` when it wants one to be read again later.
@@ -61,11 +63,13 @@ class Dispatcher:
         finished: Callable[[Sequence[Settlement]], None],
         reread: Callable[[], None],
         put_off: Callable[[], None],
+        permits: Mapping[str, HandlerPermits] = _NO_LIMITS,
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._concurrency = concurrency
         self._crash_guard = crash_guard
+        self._permits = permits
         self._batching = Batching(scheduler, executor, connections, coalescing, put_off)
         self._finished = finished
         self._reread = reread
@@ -215,6 +219,8 @@ class Dispatcher:
         """Call what may return at once. Returns how many calls did, and the call that did not."""
         if self._crash_guard.watched and any(map(self._crash_guard.must_record_start, self._started)):
             return 0, None
+        if handler is not None and handler.name in self._permits and self._started:
+            self._scheduler.ready_queues.begins(self._started[0])
         done, unfinished = self._executor.run_inline(handler, self._started, task)
         self._report(done)
         return len(done), unfinished
@@ -292,6 +298,8 @@ class Dispatcher:
                 latest = await self._batching.latest(handler, batch[0])
             if batch[0].crashed or self._crash_guard.watched:
                 await self._crash_guard.record_start(batch, handler.name if handler else None)
+            if handler.name in self._permits:
+                self._scheduler.ready_queues.begins(batch[0])
         return await self._executor.run(handler, batch, latest)
 
     def _bug(self, handler: Handler | None, batch: Sequence[Change], error: Exception) -> dict[Change, Outcome]:
@@ -355,14 +363,27 @@ class Dispatcher:
         self._workers.tasks[task] = Run(handler, [change])
         task.add_done_callback(self._ended)
 
+    async def _within_limit(self, handler: Handler | None, change: Change) -> None:
+        """Wait until the handler's limit has room for a call outside of the workers, which counts at once."""
+        while handler is not None and (permits := self._permits.get(handler.name)) and not self._stopping.is_set():
+            by = permits.key(change)
+            if permits.room(by):
+                permits.take(by, 1)
+                permits.begins(by, change)
+                permits.ended(by, change)
+                return
+            await wait_within(self._stopping, _ASK_AGAIN_S)
+
     async def _execute_lost(self, handler: Handler | None, change: Change) -> None:
         await wait_within(self._stopping, self._executor.lost.pause_s(change))
         async with self._quarantine.turn if self._executor.lost.is_suspect(change) else contextlib.nullcontext():
+            await self._within_limit(handler, change)
             if not self._stopping.is_set():
                 await self._execute_alone(handler, change, self._executor.after_losses(handler, change))
 
     async def _execute_suspect(self, handler: Handler | None, change: Change) -> None:
         async with self._quarantine.turn:
+            await self._within_limit(handler, change)
             if self._stopping.is_set() or not (suspicion := await self._crash_guard.suspicion(change)):
                 return
             await self._execute_alone(handler, change, self._executor.after_crash(handler, change, suspicion))

@@ -20,7 +20,7 @@ from cdc.core.router import Handler
 from cdc.core.transaction_batching import AdaptiveBatchSize
 from cdc.engine.calls import Contexts, call_handler, call_handler_here
 from cdc.engine.thread_pool import Job, Threads
-from cdc.engine.timeouts import Limit
+from cdc.engine.timeouts import TimeLimit
 from cdc.engine.transactions import MixedCausesError, Ran, Transactions
 
 _T = TypeVar("_T")
@@ -45,7 +45,7 @@ class HandlerCalls:
     ) -> None:
         handlers = set(handlers)
         self._timeout_s = timeout_s
-        self._limits = {s: Limit(s, self._goes_on) for s in (timeout_s, *(h.timeout_s for h in handlers))}
+        self._limits = {s: TimeLimit(s, self._goes_on) for s in (timeout_s, *(h.timeout_s for h in handlers))}
         self._threads = threads
         self._transactions = transactions
         self._lost = lost

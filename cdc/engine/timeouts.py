@@ -17,7 +17,7 @@ from cdc.runtime.cancelling import is_being_cancelled
 _T = TypeVar("_T")
 
 
-class Limit:
+class TimeLimit:
     """``seconds`` that a call may take; None: any time. For the tasks of one event loop.
 
     ``ignored``: called for a call that goes on ``grace_s`` seconds after it was cancelled, with what it is ``of``.

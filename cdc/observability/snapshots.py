@@ -51,6 +51,19 @@ class StreamStatus:
     hint: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LimitStatus:
+    """Of a handler's limit over all consumers, what this one has: permits and slots.
+
+    ``put_off``: keys that wait in the table for their turn. ``waits_s``: for how long work has waited without a call.
+    """
+
+    permits: int = 0
+    slots: int = 0
+    put_off: int = 0
+    waits_s: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsumerStatus:
     """``last_iteration``: by the name of a loop. Changes of the window are ``running``, ``queued`` or ``settling``.
@@ -58,7 +71,7 @@ class ConsumerStatus:
     ``live_shards``: those read by number, from wake-ups; ``catching_up``: the others, read from their cursors on.
     ``uncommitted_wakeups``: of changes that no read has shown yet.
     ``held_up_s``: for how long some outcome could not be written, in seconds; ``unread_s``: the same for reading.
-    ``pauses``: what is paused, with ages as they were at ``pauses_read_at``.
+    ``pauses``: what is paused, with ages as they were at ``pauses_read_at``. ``limits``: by handler.
     """
 
     observing: bool = False
@@ -81,6 +94,7 @@ class ConsumerStatus:
     unread_s: float = 0.0
     pauses: Sequence[Pause] = ()
     pauses_read_at: float = 0.0
+    limits: Mapping[str, LimitStatus] = field(default_factory=dict)
 
     @property
     def paused(self) -> bool:

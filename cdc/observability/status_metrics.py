@@ -61,6 +61,19 @@ _FAMILIES = (
         "scope",
         "name",
     ),
+    _gauge(
+        "cdc_limit_leased",
+        "What this consumer has leased of a handler's limit over all consumers: permits, each for a call, and slots,"
+        " each for a call that runs.",
+        "handler",
+        "what",
+    ),
+    _gauge("cdc_limit_put_off_keys", "Keys whose next change waits in the table for its handler's limit.", "handler"),
+    _gauge(
+        "cdc_limit_waiting_seconds",
+        "For how long a handler, or a key of its limit, has had work and made no call because of its limit.",
+        "handler",
+    ),
     _gauge("cdc_pause_age_seconds", "Age of the oldest pause that has no end; 0 if there is none."),
     _gauge("cdc_shards", "Number of shards; 0 in shadow mode."),
     _gauge("cdc_shards_owned", "Shards this consumer owns."),
@@ -154,6 +167,7 @@ class StatusMetrics(Collector):
         yield from _of_stream(self._slot, status.stream or StreamStatus(), epoch_s)
         yield from _of_consumer(status.consumer)
         yield from _of_pauses(status.consumer, self._names, time.monotonic())
+        yield from _of_limits(status.consumer)
         yield from _of_handlers(status)
         yield from _of_slot(self._slot, status.poller)
         if status.poller.outbox:
@@ -213,6 +227,14 @@ def _of_pauses(consumer: ConsumerStatus, names: Collection[str], now: float) -> 
     endless = (pause.age_s for pause in consumer.pauses if pause.ends_in_s is None)
     oldest_s = max(endless, default=None)
     yield "cdc_pause_age_seconds", (), 0.0 if oldest_s is None else oldest_s + now - consumer.pauses_read_at
+
+
+def _of_limits(consumer: ConsumerStatus) -> Iterator[_Sample]:
+    for handler, limit in sorted(consumer.limits.items()):
+        yield "cdc_limit_leased", (handler, "permits"), limit.permits
+        yield "cdc_limit_leased", (handler, "slots"), limit.slots
+        yield "cdc_limit_put_off_keys", (handler,), limit.put_off
+        yield "cdc_limit_waiting_seconds", (handler,), limit.waits_s
 
 
 def _of_handlers(status: ProcessStatus) -> Iterator[_Sample]:

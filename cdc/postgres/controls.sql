@@ -1,12 +1,17 @@
 -- What operators have paused. {controls} is the qualified table; the first column of all is what a Pause begins with.
 
+-- name: is_pause
+-- Not a statement: whether the row c is one, and not the limit of a handler.
+(c.rate IS NULL AND c.at_once IS NULL)
+
 -- name: pause
 -- In place of one of the same. What is over goes. No row: there are too many.
 WITH replaced AS (
   DELETE FROM {controls} AS c
   WHERE c.until <= clock_timestamp()
      OR (c.subscription IS NOT DISTINCT FROM %(subscription)s::text AND c.entity_type IS NOT DISTINCT FROM %(entity_type)s::text
-         AND c.handler IS NOT DISTINCT FROM %(handler)s::text AND c.entity_id IS NOT DISTINCT FROM %(entity_id)s::text)
+         AND c.handler IS NOT DISTINCT FROM %(handler)s::text AND c.entity_id IS NOT DISTINCT FROM %(entity_id)s::text
+         AND {is_pause})
 )
 INSERT INTO {controls} (subscription, entity_type, handler, entity_id, because, set_by, until)
 SELECT %(subscription)s::text, %(entity_type)s::text, %(handler)s::text, %(entity_id)s::text, %(because)s::text,
@@ -16,7 +21,7 @@ RETURNING id
 
 -- name: resume
 DELETE FROM {controls} AS c
-WHERE (c.until IS NULL OR c.until > clock_timestamp()) AND (%(all)s::boolean OR (
+WHERE (c.until IS NULL OR c.until > clock_timestamp()) AND {is_pause} AND (%(all)s::boolean OR (
   c.subscription IS NOT DISTINCT FROM %(subscription)s::text AND c.entity_type IS NOT DISTINCT FROM %(entity_type)s::text
   AND c.handler IS NOT DISTINCT FROM %(handler)s::text AND c.entity_id IS NOT DISTINCT FROM %(entity_id)s::text))
 RETURNING c.id
@@ -27,7 +32,7 @@ SELECT c.id, c.subscription, c.entity_type, c.handler, c.entity_id, c.because, c
        extract(epoch FROM clock_timestamp() - c.set_at)::float8 AS age_s,
        extract(epoch FROM c.until - clock_timestamp())::float8 AS ends_in_s,
        c.role::text AS role, c.set_at, c.until
-FROM {controls} AS c WHERE c.until IS NULL OR c.until > clock_timestamp() ORDER BY c.id LIMIT %(max)s::integer
+FROM {controls} AS c WHERE (c.until IS NULL OR c.until > clock_timestamp()) AND {is_pause} ORDER BY c.id LIMIT %(max)s::integer
 
 -- name: oldest_ready
 -- As in outbox.sql, for changes of these types, or (not among) of others, that are not of one of these keys: how old the

@@ -27,11 +27,12 @@ SUBSCRIPTIONS, POSITIONS, SUBSCRIPTION_CHANGES = "cdc_subscriptions", "cdc_posit
 CONTROLS = "cdc_controls"
 ACTIONS = "cdc_actions"
 ATTEMPTS = "change_attempts"
+LIMIT_LEASES = "cdc_limit_leases"
 DASHBOARD, HISTORY = "action_processing_dashboard", "recent_action_history"
 RELATIONS = (
     CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS, BACKFILLS, DUE_CHANGES, BARRIERS, COLUMNS, SUBSCRIPTIONS,
     POSITIONS, SUBSCRIPTION_CHANGES, CONTROLS, ATTEMPTS,
-    ACTIONS,
+    ACTIONS, LIMIT_LEASES,
 )  # fmt: skip
 PUBLISH = "publish_change(text, text, text, jsonb, jsonb, jsonb, timestamp with time zone)"
 PUBLISH_DUE = "publish_due(integer, bigint)"
@@ -58,6 +59,8 @@ KEEPING = (SUBSCRIPTIONS, POSITIONS, SUBSCRIPTION_CHANGES)
 """What says who is not done with a change: whoever removes changes reads it."""
 ATTEMPT_RIGHTS = ("SELECT", "INSERT", "DELETE")
 """A consumer's rights on change_attempts."""
+LEASE_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
+"""The same on cdc_limit_leases."""
 CONTROL_RIGHTS = ("SELECT", "INSERT", "DELETE")
 """An operator's rights on cdc_controls."""
 ACTION = ("command", "person", "via", "action", "target", "because", "count")
@@ -135,6 +138,7 @@ def consumer(role: str, *, retention: bool = False, publish: bool = False, scrip
         Right(SUBSCRIPTION_RIGHTS, SUBSCRIPTION_CHANGES),
         Right(("SELECT",), CONTROLS),
         Right(ATTEMPT_RIGHTS, ATTEMPTS),
+        Right(LEASE_RIGHTS, LIMIT_LEASES),
         Right(("SELECT",), LEDGER),
         Right(("SELECT",), NUMBERS),
         Right(("SELECT",), DUE_CHANGES, DUE_DESCRIPTION),
@@ -154,7 +158,7 @@ def reader(role: str, *, payload: bool = False) -> Grantee:
     seen = Right(("SELECT",), CHANGES, () if payload else DESCRIPTION + STATE)
     history = Right(("SELECT",), HISTORY, () if payload else HISTORY_WITHOUT_PREVIEW)
     due = Right(("SELECT",), DUE_CHANGES, DUE_DESCRIPTION + PAYLOAD if payload else DUE_DESCRIPTION)
-    others = [Right(("SELECT",), name) for name in (DASHBOARD, CONTROLS, ATTEMPTS, ACTIONS)]
+    others = [Right(("SELECT",), name) for name in (DASHBOARD, CONTROLS, ATTEMPTS, ACTIONS, LIMIT_LEASES)]
     return Grantee(role, (seen, history, due, *others))
 
 

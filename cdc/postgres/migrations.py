@@ -270,6 +270,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("TABLE", "cdc_controls", ""),
         ("TABLE", "change_attempts", ""),
         ("TABLE", "cdc_actions", ""),
+        ("TABLE", "cdc_limit_leases", ""),
         ("FUNCTION", "fill_shard", "()"),
         ("FUNCTION", "keep_for_subscriptions", "()"),
         ("TABLE", "cdc_shards", ""),

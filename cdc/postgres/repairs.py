@@ -40,7 +40,8 @@ def owners(connection: psycopg.Connection, schema: str) -> dict[str, str]:
     """The owners of the outbox's objects, by their names in a finding, "table entity_changes"."""
     names = ["entity_changes", "cdc_shards", "cdc_migrations", "cdc_backfills", "cdc_due_changes", "cdc_barriers",
              "cdc_columns", "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes", "cdc_controls",
-             "change_attempts", "cdc_actions", "action_processing_dashboard", "recent_action_history",
+             "change_attempts", "cdc_actions", "cdc_limit_leases", "action_processing_dashboard",
+             "recent_action_history",
              "reprocess_failed_actions", "fill_shard", "keep_for_subscriptions", "publish_due", "barred",
              "is_tracked_so", *_CAPTURING]  # fmt: skip
     return dict(connection.execute(_OWNERS.encode(), {"schema": schema, "names": names}).fetchall())

@@ -34,10 +34,12 @@ from psycopg.rows import class_row
 
 from cdc.core import failpoints
 from cdc.core.errors import SchemaError, SessionLostError
+from cdc.core.limits import LimitSetting
 from cdc.core.model import SHARDS
 from cdc.core.pauses import Pause
 from cdc.core.shard_ownership import Acquired
 from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async
+from cdc.postgres.limits import controls_of
 from cdc.postgres.sql_files import table
 
 DEFAULT = 0
@@ -92,14 +94,15 @@ WHERE locktype = 'advisory' AND granted AND classid = %(class)s::oid AND objsubi
 
 _NO_CONTROLS = "NULL::text"
 
-# What is paused: with each poll, as it costs no statement then. NULL where that is what was ``seen``.
+# What is paused and limited: with each poll, as it costs no statement then. NULL where that is what was ``seen``.
 _CONTROLS = """
 (SELECT CASE WHEN now.ids <> %(seen)s::text THEN now.pauses END FROM (
    SELECT coalesce(string_agg(c.id::text, ',' ORDER BY c.id), '') AS ids,
           coalesce(json_agg(json_build_array(
             c.id, c.subscription, c.entity_type, c.handler, c.entity_id, c.because, c.set_by,
             extract(epoch FROM clock_timestamp() - c.set_at)::float8,
-            extract(epoch FROM c.until - clock_timestamp())::float8) ORDER BY c.id), '[]')::text AS pauses
+            extract(epoch FROM c.until - clock_timestamp())::float8, c.rate, c.burst, c.at_once, c.by_path)
+            ORDER BY c.id), '[]')::text AS pauses
    FROM {table_of_controls} AS c
    WHERE (c.subscription IS NULL OR c.subscription = {name})
      AND (c.until IS NULL OR c.until > clock_timestamp())
@@ -255,11 +258,13 @@ def _marked(schema: str, subscription: int) -> str:
 
 
 class Polled(NamedTuple):
-    """As the server sees them now. ``pauses``: those in force; None: as at the poll before, or not to be seen."""
+    """As the server sees them now. ``pauses`` and ``limits``: those in force; None: as at the poll before, or not to be
+    seen."""
 
     members: int
     free: int
     pauses: Sequence[Pause] | None
+    limits: Sequence[LimitSetting] | None = None
 
 
 class Holder(NamedTuple):
@@ -369,10 +374,11 @@ class ShardSession:
             self.may_see_controls = may_see
             if may_see:
                 return await self.poll()
-        pauses = None if found is None else [Pause(*fields) for fields in json.loads(found)]
-        if pauses is not None:
-            self._parameters["seen"] = ",".join(str(pause.id) for pause in pauses)
-        return Polled(members, SHARDS - taken, pauses)
+        if found is None:
+            return Polled(members, SHARDS - taken, None)
+        controls = json.loads(found)
+        self._parameters["seen"] = ",".join(str(fields[0]) for fields in controls)
+        return Polled(members, SHARDS - taken, *controls_of(controls))
 
     def others_read(self, here: int) -> bool:
         """At the last poll: there are consumers of other subscriptions, besides so many in this process."""

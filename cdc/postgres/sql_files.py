@@ -31,9 +31,10 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
     ``{is_barred}``, a function, and ``{barred_regprocedure}``; ``{is_table_function}``, an expression;
     ``{shards_regclass}``, the same for the table of owners; ``{subscriptions}``, ``{positions}`` and
     ``{subscription_changes}``, the tables of subscriptions, and the last two with ``_regclass``; ``{numbers}``, the
-    sequence of ``seq``; ``{controls}``, the table of what is paused; ``{attempts}``, that of failed attempts, also with
-    ``_regclass``; ``{actions}``, that of what operators have done; and blocks that are expressions, from the same file
-    or from outbox.sql. ``instead``: in place of the blocks of these names.
+    sequence of ``seq``; ``{controls}``, the table of what is paused; ``{limit_leases}``, that of what is leased of
+    limits; ``{attempts}``, that of failed attempts, also with ``_regclass``; ``{actions}``, that of what operators have
+    done; and blocks that are expressions, from the same file or from outbox.sql. ``instead``: in place of the blocks of
+    these names.
     """
     names = {
         "changes": table(schema, "entity_changes"),
@@ -55,6 +56,7 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
         ),
         "numbers": table(schema, "entity_changes_seq_seq"),
         "controls": table(schema, "cdc_controls"),
+        "limit_leases": table(schema, "cdc_limit_leases"),
         "attempts": table(schema, "change_attempts"),
         "attempts_regclass": _in_text(sql.Literal(sql.Identifier(schema, "change_attempts").as_string())),
         "actions": table(schema, "cdc_actions"),

@@ -48,7 +48,7 @@ _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 _OURS = (
     "entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets", "cdc_backfills", "cdc_due_changes", "cdc_barriers",
     "cdc_columns", "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes", "cdc_controls", "change_attempts",
-    "cdc_actions",
+    "cdc_actions", "cdc_limit_leases",
 )  # fmt: skip
 """Tables of the outbox itself."""
 _REFUSALS = {"42", "22", "0A"}

@@ -13,6 +13,7 @@ from cdc.observability.metrics import NO_HANDLER, OTHER, Metrics
 from cdc.observability.snapshots import (
     BreakerStatus,
     ConsumerStatus,
+    LimitStatus,
     OutboxStatus,
     PollerStatus,
     PoolStatus,
@@ -46,7 +47,7 @@ _GROUPS = {
     "Stream": ("cdc_stream_",),
     "Wake-ups": ("cdc_wakeup", "cdc_relay_", "cdc_fetch_", "cdc_visibility_"),
     "Changes and handlers": (
-        "cdc_changes_", "cdc_change_", "cdc_handler_", "cdc_settle_", "cdc_transaction_", "cdc_window_",
+        "cdc_changes_", "cdc_change_", "cdc_handler_", "cdc_settle_", "cdc_transaction_", "cdc_window_", "cdc_limit_",
     ),
     "Delivery over HTTP or to a broker": ("cdc_delivery_",),
     "Observing": ("cdc_observed_",),
@@ -67,7 +68,9 @@ def everything() -> list[Metric]:
     metrics = Metrics("SLOT", router, delivers=True)
     now = 1.0
     status = ProcessStatus(
-        consumer=ConsumerStatus(last_iteration=dict.fromkeys(("consumer", "shards", "settle"), now)),
+        consumer=ConsumerStatus(
+            last_iteration=dict.fromkeys(("consumer", "shards", "settle"), now), limits={"HANDLER": LimitStatus()}
+        ),
         stream=StreamStatus(loop_last_iteration=now, last_byte_monotonic=now),
         poller=PollerStatus(
             last_iteration_at=now,

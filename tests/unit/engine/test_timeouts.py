@@ -9,7 +9,7 @@ import time
 import pytest
 
 from cdc.core.errors import OverrunError
-from cdc.engine.timeouts import Limit
+from cdc.engine.timeouts import TimeLimit
 from cdc.runtime.cancelling import cancel
 from tests.eventually import eventually_async
 
@@ -20,7 +20,7 @@ async def _for_ever() -> None:
 
 async def test_a_call_that_takes_too_long_is_cut_off_and_its_task_goes_on() -> None:
     with pytest.raises(OverrunError, match=r"^took longer than 0\.01 s$"):
-        await Limit(0.01).call(_for_ever())
+        await TimeLimit(0.01).call(_for_ever())
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
@@ -35,13 +35,13 @@ async def test_a_call_that_returns_in_time_gives_what_it_returns() -> None:
     async def does_not_wait() -> str:
         return "done"
 
-    for limit in (Limit(60.0), Limit(None)):
+    for limit in (TimeLimit(60.0), TimeLimit(None)):
         assert await limit.call(waits_a_little()) == "done"
         assert await limit.call(does_not_wait()) == "done"
 
 
 async def test_calls_overrun_in_the_order_in_which_they_began_and_those_that_ended_do_not() -> None:
-    limit, told, go = Limit(0.2), list[int](), asyncio.Event()
+    limit, told, go = TimeLimit(0.2), list[int](), asyncio.Event()
 
     async def call(number: int) -> None:
         try:
@@ -64,7 +64,7 @@ async def test_calls_overrun_in_the_order_in_which_they_began_and_those_that_end
 
 
 async def test_one_that_began_later_overruns_later_though_none_comes_after_it() -> None:
-    limit, told = Limit(0.2), list[str]()
+    limit, told = TimeLimit(0.2), list[str]()
 
     async def rest(name: str, ago_s: float) -> None:
         try:
@@ -77,14 +77,14 @@ async def test_one_that_began_later_overruns_later_though_none_comes_after_it() 
 
 
 async def test_one_that_begins_when_another_overruns_has_its_own_time() -> None:
-    limit = Limit(0.05)
+    limit = TimeLimit(0.05)
     for _ in range(2):
         with pytest.raises(OverrunError):
             await limit.call(_for_ever())
 
 
 async def test_a_cancellation_from_outside_is_none_of_the_limits() -> None:
-    limit = Limit(60.0)
+    limit = TimeLimit(60.0)
     call = asyncio.create_task(limit.call(_for_ever()))
 
     async def waits() -> bool:
@@ -99,7 +99,7 @@ async def test_a_cancellation_from_outside_is_none_of_the_limits() -> None:
 
 async def test_who_overruns_and_is_cancelled_besides_is_cancelled() -> None:
     """A stop that comes at the same moment must not be lost."""
-    limit = Limit(0.01)
+    limit = TimeLimit(0.01)
     ended = asyncio.Event()
 
     async def clings() -> None:
@@ -124,7 +124,7 @@ async def test_a_call_that_returns_in_spite_of_its_cancellation_has_returned() -
         return "never"
 
     async def task() -> tuple[str, int]:
-        returned = await Limit(0.01).call(ignores_cancellation())
+        returned = await TimeLimit(0.01).call(ignores_cancellation())
         me = asyncio.current_task()
         assert me is not None
         return returned, me.cancelling()
@@ -134,7 +134,7 @@ async def test_a_call_that_returns_in_spite_of_its_cancellation_has_returned() -
 
 async def test_a_call_that_goes_on_in_spite_of_its_cancellation_is_reported_once_and_one_that_ends_is_not() -> None:
     reported, free = list[object](), asyncio.Event()
-    limit = Limit(0.01, reported.append, grace_s=0.02)
+    limit = TimeLimit(0.01, reported.append, grace_s=0.02)
 
     async def goes_on() -> None:
         with contextlib.suppress(asyncio.CancelledError):
@@ -165,7 +165,7 @@ async def test_what_a_call_raises_is_its_own_also_a_timeout() -> None:
         raise TimeoutError("somebody else's")
 
     with pytest.raises(TimeoutError, match="somebody else's"):
-        await Limit(60.0).call(raises())
+        await TimeLimit(60.0).call(raises())
 
 
 async def test_a_cancellation_goes_to_the_call_which_may_tidy_up_while_it_waits() -> None:
@@ -179,5 +179,5 @@ async def test_a_cancellation_goes_to_the_call_which_may_tidy_up_while_it_waits(
             told.append("tidy")
 
     with pytest.raises(OverrunError):
-        await Limit(0.01).call(tidies_up())
+        await TimeLimit(0.01).call(tidies_up())
     assert told == ["tidy"]

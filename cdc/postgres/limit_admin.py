@@ -1,0 +1,101 @@
+"""What operators limit, in the database: set, ended and listed. ``shard_locks`` reads what is in force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+import psycopg
+from psycopg import errors
+from psycopg.rows import dict_row
+
+from cdc.core.errors import NotFoundError, RefusedError, SchemaError
+from cdc.core.limits import Limit, LimitSetting
+from cdc.core.pauses import PAUSES_MAX
+from cdc.postgres.actions import ActionLog, Actor
+from cdc.postgres.admin import bounded, wake
+from cdc.postgres.sql_files import load
+
+
+@dataclass(frozen=True, slots=True)
+class SetLimit:
+    """A limit as it is in the table. ``role``: the session's, beside the name that it gave."""
+
+    setting: LimitSetting
+    role: str
+    set_at: datetime
+
+
+class LimitAdmin:
+    """The statements for the outbox in ``schema``, on an autocommit connection. What ``actor`` does is recorded."""
+
+    def __init__(self, schema: str, actor: Actor | None = None) -> None:
+        self._schema = schema
+        self._actor = actor or Actor()
+        self._log = ActionLog(schema, self._actor)
+        self._statements = load("limits.sql", schema)
+
+    def set(self, connection: psycopg.Connection, setting: LimitSetting) -> SetLimit:
+        """Set it in place of another one of the handler. Raises RefusedError for too many rows."""
+        limit = setting.limit
+        given = {
+            "subscription": setting.subscription, "handler": setting.handler, "because": setting.because,
+            "set_by": setting.set_by, "rate": limit.rate, "burst": limit.burst, "at_once": limit.at_once,
+            "by_path": limit.by, "max": PAUSES_MAX,
+        }  # fmt: skip
+        with self._explained():
+            with bounded(connection):
+                row = connection.execute(self._statements["set"], given).fetchone()
+                if row is None:
+                    raise RefusedError(
+                        f"there are {PAUSES_MAX} pauses and limits, and no room for more", hint="cdc controls"
+                    )
+                who = replace(self._actor, person=setting.set_by, because=setting.because)
+                target = {"handler": setting.handler, "subscription": setting.subscription, "limit": str(limit)}
+                self._log.record(connection, "limit", target, actor=who)
+            wake(connection)
+        return next(each for each in self.all(connection) if each.setting.id == row[0])
+
+    def clear(self, connection: psycopg.Connection, handler: str | None, subscription: str | None) -> list[SetLimit]:
+        """Those that are set no more; None: all. What the code declares holds again. Raises NotFoundError."""
+        with self._explained():
+            before = {each.setting.id: each for each in self.all(connection)}
+            given = {"handler": handler, "subscription": subscription, "all": handler is None}
+            with bounded(connection):
+                ended = [before.get(id_) for (id_,) in connection.execute(self._statements["clear"], given)]
+                target = {"handler": handler, "subscription": subscription} if handler else {"all": True}
+                self._log.record(connection, "clear limit", target, len(ended))
+            if not ended and handler is not None:
+                raise NotFoundError(f"no limit of {handler} is set", hint="cdc limits list; one in the code stays")
+            wake(connection)
+        return [each for each in ended if each is not None]
+
+    def all(self, connection: psycopg.Connection) -> list[SetLimit]:
+        """Those that are set, in that order. Raises SchemaError where the outbox is too old."""
+        with self._explained(), connection.cursor(row_factory=dict_row) as cursor:
+            rows = cursor.execute(self._statements["all"], {"max": PAUSES_MAX}).fetchall()
+        return [
+            SetLimit(
+                LimitSetting(
+                    row["id"], row["handler"], Limit(row["rate"], row["burst"], row["at_once"], row["by_path"]),
+                    row["subscription"], row["because"], row["set_by"],
+                ), row["role"], row["set_at"],
+            ) for row in rows
+        ]  # fmt: skip
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        option = "" if self._schema == "public" else f" --schema {self._schema}"
+        try:
+            yield
+        except (errors.UndefinedTable, errors.UndefinedColumn, errors.InvalidSchemaName):
+            raise SchemaError(
+                f"schema {self._schema} has no table of limits",
+                hint=f"cdc db install{option}, or cdc db upgrade{option}",
+            ) from None
+        except errors.InsufficientPrivilege as refused:
+            raise SchemaError(
+                f"the role may not: {refused.diag.message_primary}", hint=f"cdc db grant{option} --operator ROLE"
+            ) from None
