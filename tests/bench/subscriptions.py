@@ -29,7 +29,8 @@ _QUIET_AFTER_S = 20.0
 """What a consumer does more of in its first seconds is not idleness."""
 _IDLE_S = 5
 """Times as long as a steady load: some statements come every 15 s only."""
-_LOOK_EVERY_S = 0.05
+_LOOK_EVERY_S = 0.5
+"""Each look is an answer of the process that is measured, some milliseconds for each of its consumers."""
 _TOGETHER = 3
 _MANY, _ACTIVE = 200, 20
 _HANDLED = re.compile(r'^cdc_changes_handled_total\{(.*outcome="processed".*)\} (\S+)$', re.MULTILINE)
