@@ -15,7 +15,7 @@ from cdc.core.model import SHARDS
 from cdc.core.read_planner import Sweep
 from cdc.core.router import Router
 from cdc.core.shard_cursor import Position
-from cdc.core.type_filter import EVERYTHING, TypeFilter
+from cdc.core.type_filter import TypeFilter
 from cdc.engine.dispatcher import OtherTasks
 from cdc.postgres import tracking
 from cdc.postgres.connect import connect_async
@@ -338,6 +338,8 @@ async def test_a_captured_truncate_is_a_barrier_of_its_type_in_each_subscription
         assert figures.oldest_ready_age_s < 3_000, "what stands behind it is not ready"
         outbox_db.execute("UPDATE entity_changes SET changed_at = now() - interval '1 hour' WHERE seq = %s", [barrier])
         assert store.figures(outbox_db).truncate_age_s >= 3_600
+        await eventually_async(_is(lambda: _passed(outbox_db, number, "7")), what="its position has passed what waits")
+        assert await _barred(outbox, store, barrier), "by what waits, wherever the position is"
         broken = False
         await eventually_async(_is(lambda: is_done(outbox_db, number)))
         assert store.figures(outbox_db).truncate_age_s == 0
@@ -353,9 +355,8 @@ def _passed(db: psycopg.Connection, number: int, entity_id: str) -> bool:
     return db.execute(asked, [number, entity_id]).fetchone() == (True,)
 
 
-async def _barred(dsn: str, db: psycopg.Connection, seq: int) -> bool:
+async def _barred(dsn: str, store: SubscriptionStore, seq: int) -> bool:
     """Whether a read of the subscription is told that this fresh change must not start."""
-    store = SubscriptionStore("public", Subscriptions("public").named(db, "search"), 16, EVERYTHING)
     everything = Sweep({shard: Position(0, 0, 3) for shard in range(SHARDS)}, 1_000, 1)
     async with await connect_async(dsn, application_name="cdc: test", session=SubscriptionStore.session) as reader:
         read_changes(reader)

@@ -261,6 +261,24 @@ async def test_a_backlog_of_other_types_that_nobody_handles_is_walked_once_and_d
     assert [change.operation for change in started if change.seq == seq] == ["TRUNCATE"]
 
 
+async def test_one_shard_that_is_not_walked_to_its_end_keeps_it_from_starting(
+    outbox: str, orders: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(barriers, "_SCAN_MAX", 3)
+    orders.execute("SELECT publish_change('nobody''s', '7') FROM generate_series(1, 20)")
+    orders.execute("INSERT INTO orders VALUES (7)")  # behind them: of the same shard
+    seq = truncate(orders)
+    looks = barriers.Barriers("public")
+    async with await psycopg.AsyncConnection.connect(outbox, autocommit=True) as connection:
+        for _ in range(10):
+            await looks.advance(connection)
+            assert barred(orders, seq)
+        orders.execute("UPDATE entity_changes SET processed = true WHERE entity_type = 'order' AND seq < %s", [seq])
+        for _ in range(10):
+            await looks.advance(connection)
+    assert not barred(orders, seq)
+
+
 def test_nothing_starts_out_of_order_beside_a_truncate_while_consumers_are_killed(
     outbox: str, outbox_db: psycopg.Connection, processes: list[Process], tmp_path: Path
 ) -> None:
