@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import runpy
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,14 @@ def test_the_rules_for_the_operator_are_those_of_prometheus() -> None:
     made = _documents(KUBERNETES / "plain/prometheusrule.yaml")
     assert [document["kind"] for document in made] == ["PrometheusRule"] * len(rules)
     assert [document["spec"] for document in made] == rules, "run deploy/kubernetes/make-prometheusrule"
+
+
+@pytest.mark.parametrize("rules", ["prometheus/cdc.rules.yaml", "kubernetes/plain/prometheusrule.yaml"])
+def test_the_links_of_alerts_are_made_absolute_for_where_the_documentation_is(rules: str) -> None:
+    program = [str(DEPLOY / "prometheus/with-runbooks"), "https://docs.example.com/a&b/", str(DEPLOY / rules)]
+    made = subprocess.run(program, capture_output=True, text=True, check=True, timeout=30).stdout
+    assert made.count("runbook_url: https://docs.example.com/a&b/operations/alerts.md#") == made.count("runbook_url: ")
+    assert made.replace("https://docs.example.com/a&b/", "docs/") == (DEPLOY / rules).read_text()
 
 
 # --- Compose -------------------------------------------------------------------------------------------------------
