@@ -26,6 +26,7 @@ pytest_plugins = [
     "tests.fix_consumer",
     "tests.fix_logs",
     "tests.fix_messenger",
+    "tests.fix_ui",
     "tests.fix_webhook",
 ]
 

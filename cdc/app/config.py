@@ -39,6 +39,7 @@ from cdc.app.setting_values import (
     is_an_age,
     none_is_zero,
 )
+from cdc.app.ui_section import UiSection
 from cdc.core import broker_url
 from cdc.core.broker_url import STRUCTURED
 from cdc.core.errors import UsageError
@@ -204,6 +205,7 @@ class Settings(_Section):
     )
     log: LogSection = LogSection()
     whatsapp: WhatsappSection = WhatsappSection()
+    ui: UiSection = UiSection()
 
     @property
     def dsn_text(self) -> str | None:

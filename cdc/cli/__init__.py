@@ -36,6 +36,7 @@ COMMANDS = {
     "controls": ("cdc.cli.controls", "List what is paused and limited, by whom, until when and why."),
     "limits": ("cdc.cli.limits", "How often handlers may be called, over all consumers: set, list, clear."),
     "actions": ("cdc.cli.actions", "List what operators have done, to what, why and when."),
+    "ui": ("cdc.cli.ui", "Show what is going on on pages, and let operators act."),
     "subscription": ("cdc.cli.subscription", "Let further services read the outbox, each at its own pace."),
     "slot": ("cdc.cli.slot", "Create, drop and inspect the replication slot."),
     "doctor": ("cdc.cli.doctor", "Check every precondition, each with its remedy."),

@@ -78,6 +78,9 @@ def _plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+_REPEATED = {"http.hosts": "NAME", "ui.hosts": "NAME", "ui.proxy_networks": "NETWORK"}
+
+
 def _placeholder(setting: Setting) -> str | None:
     if setting.switch:
         return None
@@ -85,7 +88,7 @@ def _placeholder(setting: Setting) -> str | None:
         return "|".join(get_args(setting.kind))
     words: dict[object, str] = {int: "N", int | None: "N", float: "SECONDS"}
     if setting.repeats:
-        return "NAME" if setting.name == "http.hosts" else "TYPE"
+        return _REPEATED.get(setting.name, "TYPE")
     if setting.name == "deliver.to":
         return "URL"
     return words.get(setting.kind, setting.name.split(".")[-1].split("_")[-1].upper())

@@ -31,10 +31,12 @@ _SECTIONS = {
     "slot": "The slot",
     "http": "Metrics, health and page",
     "backoff": "Backoff",
+    "ui": "The web interface",
     "log": "Log",
     "whatsapp": "The WhatsApp application",
 }
 _GUIDES = {
+    "ui.host": "../guides/web-interface.md#who-may-what",
     "handlers_dsn": "../operations/server.md",
     "handlers": "../guides/handlers.md",
     "only": "../guides/many-consumers.md#some-entity-types-only",
@@ -57,6 +59,9 @@ _GUIDES = {
 }
 """Where more is said than what the setting is."""
 _EXAMPLES = {
+    "ui.hosts": ["ops.example.com"],
+    "ui.proxy_header": "X-Forwarded-User",
+    "ui.proxy_networks": ["10.1.2.0/24"],
     "dsn": "host=db.example.com dbname=shop user=cdc",
     "stream_dsn": "host=db.example.com dbname=shop user=cdc_stream",
     "handlers_dsn": "host=pooler.example.com dbname=shop user=cdc",

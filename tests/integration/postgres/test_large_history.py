@@ -14,14 +14,16 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from cdc.core.model import SHARDS, Processed, WakeUp
+from cdc.core.model import SHARDS, ChangeState, Processed, WakeUp
 from cdc.core.read_planner import Sweep
 from cdc.core.read_reconciler import Settlement
 from cdc.core.shard_cursor import Position
 from cdc.postgres.admin import OutboxAdmin
+from cdc.postgres.bulk import Wanted
 from cdc.postgres.outbox import INDEXED, Store
 from cdc.postgres.pages import Settled
 from cdc.postgres.retention import Retention
+from cdc.postgres.search import Search
 from cdc.postgres.sql_files import load
 from tests.bench.database import preload_unprocessed
 from tests.changes import change
@@ -275,3 +277,18 @@ def test_it_goes_through_its_indexes_and_sorts_no_backlog(connection: psycopg.Co
         f"entity_changes_{index}" for index in _INDEXES[name]
     }
     assert sorted_unbounded(plan) == []
+
+
+@pytest.mark.parametrize("state", list(ChangeState))
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(entity_type="nothing"), Wanted(text="nothing")])
+def test_a_page_of_a_search_looks_at_a_bounded_number(large_outbox: str, state: ChangeState, wanted: Wanted) -> None:
+    """However many there are, and however rare what is looked for: from its end the next page goes on."""
+    page, reads = reading_sync(large_outbox, lambda link: Search("public").page(link, state, wanted, 50))
+    assert rows(reads) <= 20_000 + 300
+    assert page.next is not None or state in (ChangeState.WAITING, ChangeState.DEAD)
+    if page.next is not None:
+        behind = page.next
+        _, reads = reading_sync(
+            large_outbox, lambda link: Search("public").page(link, state, wanted, 50, behind=behind)
+        )
+        assert rows(reads) <= 20_000 + 300

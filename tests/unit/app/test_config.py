@@ -53,7 +53,7 @@ def test_the_file_in_the_documents_has_every_setting_and_the_defaults(folder: Pa
     document = tomllib.loads(re.sub("^# ", "", example, flags=re.MULTILINE))
     named = {f"{name}.{leaf}" for name, value in document.items() if isinstance(value, dict) for leaf in value}
     named |= {name for name, value in document.items() if not isinstance(value, dict)}
-    elsewhere = {"deliver.password", "deliver.secret", "deliver.previous_secret"}
+    elsewhere = {"ui.logins", "deliver.password", "deliver.secret", "deliver.previous_secret"}
     assert named == {name for name in SETTINGS if not name.startswith("whatsapp.")} - elsewhere
 
 
@@ -62,6 +62,8 @@ EXAMPLES = {
     "deliver.batch": 20,
     "deliver.secret": "whsec_" + "a" * 44,
     "deliver.previous_secret": "whsec_" + "b" * 44,
+    "ui.logins": "anna:" + "a" * 16,
+    "ui.proxy_networks": "10.1.2.0/24",
 }
 """Of settings that do not take any text."""
 

@@ -432,7 +432,7 @@ def test_run_without_handlers_says_which_option_is_missing(cli: Cli) -> None:
 
 
 def test_every_setting_is_an_option_of_the_command_that_it_is_for(cli: Cli) -> None:
-    shown = cli("run", "--help").stdout + cli("whatsapp", "serve", "--help").stdout
+    shown = "".join(cli(*command, "--help").stdout for command in (["run"], ["whatsapp", "serve"], ["ui"]))
     assert [name for name, setting in SETTINGS.items() if f"{setting.option} " not in shown] == []
 
 

@@ -8,8 +8,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from re import _constants as sre  # type: ignore[attr-defined]  # the parser behind re, which has no public name
-from re import _parser as parser  # type: ignore[attr-defined]  # see above
 from typing import Any
 
 import pytest
@@ -21,6 +19,9 @@ from cdc.cli.track import _EVENT, _NAME
 from cdc.core.masking import mask, without_query
 from cdc.core.printable import cut, printable, printable_json, printable_lines
 from cdc.postgres.capture_catalog import _QUOTED
+
+# The parser behind re, which has no public name.
+sre, parser = importlib.import_module("re._constants"), importlib.import_module("re._parser")
 
 ROOT = Path(__file__).resolve().parents[3]
 

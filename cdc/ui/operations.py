@@ -1,0 +1,306 @@
+"""What the interface and its API read and do, by the functions of the commands. Nothing here writes a statement.
+
+A decision about many changes goes on for some seconds, round by round, and then says how many it has left: a request
+ends before a proxy gives it up, and what is done stays done.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from cdc.core.errors import ConnectError, NotFoundError, RefusedError, UsageError
+from cdc.core.model import ChangeState
+from cdc.core.pauses import Pause
+from cdc.core.router import Router
+from cdc.core.subscription import DEFAULT
+from cdc.diagnostics import doctor, status
+from cdc.diagnostics.facts import Subject
+from cdc.diagnostics.findings import Finding
+from cdc.postgres.actions import Action, ActionLog, Actor
+from cdc.postgres.admin import Attempt, CauseLink, ChangeSummary, Filter, OutboxAdmin, Reference
+from cdc.postgres.backfill import UNFINISHED, Backfill, Backfills
+from cdc.postgres.bulk import Bulk, Round, Wanted
+from cdc.postgres.connect import SERVER_TCP, Connection, Dsn, connect
+from cdc.postgres.controls import Control, Controls
+from cdc.postgres.loaders import read_anything
+from cdc.postgres.rights import RoleRights, rights
+from cdc.postgres.search import Search, SearchPage, SearchPlace
+from cdc.postgres.subscription_admin import SubscriptionAdmin
+from cdc.postgres.subscriptions import SubscriptionProgress, Subscriptions
+
+Deed = Literal["retry", "discard", "replay"]
+BUDGET_S = 10.0
+"""Of one request; the round that is then under way is finished."""
+_COUNT_LIMIT_S = 25
+"""To find what matches; beyond it the filters are too wide for a page."""
+_PER_SHARD = 200
+_SCAN = 10_000
+_CONNECTIONS_MAX = 8
+_WAIT_S = 5.0
+_ANSWER_LIMIT_S = 140.0
+"""Longer than the longest statement, a round of a decision, may take on the server."""
+_SESSION = {**SERVER_TCP, "statement_timeout": "30s", "lock_timeout": "5s"}
+
+
+_EVERYTHING = Wanted()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionAsked:
+    """``changes`` that are named, or all in ``state`` that match. ``latest_per_key``: of a replay.
+
+    ``since``: of a replay by filters, when it was decided: what has a replay made since then is left out.
+    """
+
+    deed: Deed
+    changes: Sequence[Reference] = ()
+    state: ChangeState = ChangeState.DEAD
+    wanted: Wanted = _EVERYTHING
+    latest_per_key: bool = False
+    subscription: str | None = None
+    since: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """``done`` of the ``count`` that matched; ``looked_at`` are decided about, some by others. ``left``: not yet."""
+
+    count: int
+    done: int
+    looked_at: int
+
+    @property
+    def left(self) -> int:
+        return max(0, self.count - self.looked_at)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A change. ``payload``: None where it was not asked for."""
+
+    entry: ChangeSummary
+    chain: list[CauseLink]
+    attempts: list[Attempt]
+    payload: Mapping[str, Any] | None
+
+
+class Source:
+    """The outbox in ``schema``, and what is known of who consumes it. ``router``: the consumer's, if it is known.
+
+    A connection is made for each request: so an outage, a new password and a new grant are seen at once.
+    """
+
+    def __init__(self, dsn: Dsn, schema: str, *, slot: str, subject: Subject, router: Router | None = None) -> None:
+        self._dsn = dsn
+        self._free = threading.BoundedSemaphore(_CONNECTIONS_MAX)
+        self.schema = schema
+        self.slot = slot
+        self.subject = subject
+        self.router = router
+
+    @contextmanager
+    def open(self) -> Iterator[Operations]:
+        """Raises ConnectError where the database does not answer, or too many are asking it."""
+        if not self._free.acquire(timeout=_WAIT_S):
+            raise ConnectError("too many requests at once ask the database", hint="try again in a moment")
+        try:
+            with closing(
+                connect(self._dsn, application_name="cdc ui", session=_SESSION, answer_limit_s=_ANSWER_LIMIT_S)
+            ) as connection:
+                read_anything(connection)
+                yield Operations(connection, self)
+        finally:
+            self._free.release()
+
+    @property
+    def handlers(self) -> list[str]:
+        """Their names, where they are known."""
+        return sorted({each.name for each in self.router.handlers.values()}) if self.router else []
+
+
+class Operations:
+    """Of one request."""
+
+    def __init__(self, connection: Connection, source: Source) -> None:
+        self._connection = connection
+        self._source = source
+        self._schema = source.schema
+
+    @property
+    def slot_name(self) -> str:
+        return self._source.slot
+
+    @property
+    def schema(self) -> str:
+        return self._schema
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def rights(self) -> RoleRights:
+        return rights(self._connection, self._schema)
+
+    def status(self) -> status.Status:
+        return status.read(self._connection, self._schema, self._source.slot)
+
+    def search(
+        self, state: ChangeState, wanted: Wanted, limit: int, *, behind: SearchPlace | None, subscription: str | None
+    ) -> SearchPage:
+        """Of a subscription by type and key only, and one page. Raises UsageError for another filter there."""
+        if subscription in (None, DEFAULT):
+            return Search(self._schema).page(self._connection, state, wanted, limit, behind=behind)
+        if wanted != Wanted(entity_type=wanted.entity_type, entity_id=wanted.entity_id):
+            raise UsageError("a subscription is searched by type and key", hint="leave the other filters empty")
+        found = self._admin(subscription).find(
+            self._connection, state, Filter(wanted.entity_type, wanted.entity_id), limit
+        )
+        return SearchPage(found.entries, None, found.more or found.cut)
+
+    def show(self, reference: Reference, *, subscription: str | None, payload: bool) -> Shown:
+        """Raises NotFoundError; RefusedError where the server refuses the payload."""
+        admin = self._admin(subscription)
+        entry = admin.show(self._connection, reference)
+        return Shown(
+            entry, admin.chain(self._connection, entry), admin.attempts(self._connection, entry),
+            admin.payload(self._connection, entry) if payload else None,
+        )  # fmt: skip
+
+    def controls(self) -> list[Control]:
+        return Controls(self._schema).all(self._connection)
+
+    def actions(self, limit: int, before: int | None = None) -> list[Action]:
+        return ActionLog(self._schema).latest(self._connection, limit, before=before)
+
+    def backfills(self) -> list[Backfill]:
+        return Backfills(self._schema).newest(self._connection)
+
+    def subscriptions(self) -> list[SubscriptionProgress]:
+        return Subscriptions(self._schema).figures(self._connection, None, _PER_SHARD) or []
+
+    def examine(self) -> list[Finding]:
+        """What ``cdc doctor`` finds with the role of this interface, but for what concerns the stream."""
+        return doctor.examine(self._source.subject)
+
+    # --- deciding --------------------------------------------------------------------------------------------------
+
+    def wanted(self, *, handler: str | None, **filters: Any) -> Wanted:
+        """Raises UsageError for a handler that nobody knows."""
+        if handler is None:
+            return Wanted(**filters)
+        if self._source.router is None:
+            raise UsageError("which changes a handler gets is not known here", hint="start cdc ui with --handlers")
+        return Wanted(handled=self._source.router.handled_by(handler), handler=handler, **filters)
+
+    def count(self, decision: DecisionAsked) -> int:
+        """To how many it would be done now. Raises NotFoundError for one that is named and not there."""
+        admin = self._admin(decision.subscription)
+        if decision.changes:
+            return len(admin.named(self._connection, decision.changes))
+        bulk = Bulk(self._schema, admin, select_limit_s=_COUNT_LIMIT_S)
+        if decision.deed == "replay":
+            self._refuse_replay(decision)
+            with bulk.replayable(
+                self._connection, decision.wanted, latest_per_key=decision.latest_per_key, only_count=True,
+                unless_since=decision.since,
+            ) as found:  # fmt: skip
+                return found.count
+        with bulk.selected(self._connection, decision.state, decision.wanted) as selection:
+            return selection.count
+
+    def carry_out(self, decision: DecisionAsked, actor: Actor, *, at_most: int) -> Done:
+        """Raises RefusedError, and has done nothing, where more than ``at_most`` match, or a named one cannot be.
+
+        A command that has been carried out already is not again.
+        """
+        admin = self._admin(decision.subscription, actor)
+        if decision.changes:
+            return self._named(admin, decision, actor)
+        bulk = Bulk(self._schema, admin, select_limit_s=_COUNT_LIMIT_S)
+        if decision.deed == "replay":
+            self._refuse_replay(decision)
+            with bulk.replayable(
+                self._connection, decision.wanted, latest_per_key=decision.latest_per_key, unless_since=decision.since
+            ) as replay:
+                _refuse_more(replay.count, at_most)
+                return _work(replay.rounds(), replay.count)
+        with bulk.selected(self._connection, decision.state, decision.wanted) as selection:
+            _refuse_more(selection.count, at_most)
+            return _work(selection.decide(decision.deed), selection.count)
+
+    def _named(self, admin: OutboxAdmin, decision: DecisionAsked, actor: Actor) -> Done:
+        if not ActionLog(self._schema, actor).claim(self._connection):
+            raise RefusedError("this has been done already", hint="the log of actions has it")
+        if decision.deed == "replay":
+            self._refuse_replay(decision)
+            return _work(
+                Bulk(self._schema, admin).replay_named(self._connection, decision.changes), len(decision.changes)
+            )
+        decide = admin.retry if decision.deed == "retry" else admin.discard
+        count = len(decide(self._connection, decision.changes))
+        return Done(count, count, count)
+
+    def pause(self, pause: Pause, for_s: float | None, actor: Actor) -> Control:
+        """Raises NotFoundError for a subscription that is not there."""
+        if pause.subscription not in (None, DEFAULT):
+            Subscriptions(self._schema).named(self._connection, str(pause.subscription))
+        return Controls(self._schema, actor).pause(self._connection, pause, for_s)
+
+    def resume(self, pause: Pause | None, actor: Actor) -> list[Control]:
+        """None: every pause. Raises NotFoundError where it is not paused."""
+        return Controls(self._schema, actor).resume(self._connection, pause)
+
+    def unprocessed(self, pause: Pause) -> tuple[int, bool]:
+        """How many changes of its type are not processed, and whether there are more."""
+        stats = OutboxAdmin(self._schema).stats(self._connection, per_shard=_PER_SHARD, scan=_SCAN)
+        found = [each for each in stats.types if pause.entity_type in (None, each.entity_type)]
+        more = stats.more_fresh or stats.more_waiting
+        return sum(each.fresh + each.waiting for each in found), more
+
+    def move_backfill(self, number: int, to: Literal["paused", "cancelled"], actor: Actor) -> Backfill:
+        """To go on is for a command, which does the work. Raises NotFoundError, RefusedError."""
+        backfills = Backfills(self._schema, actor)
+        found = backfills.named(self._connection, str(number))
+        backfills.set_state(self._connection, found, to, ["running"] if to == "paused" else UNFINISHED)
+        return backfills.named(self._connection, str(number))
+
+    def _admin(self, subscription: str | None, actor: Actor | None = None) -> OutboxAdmin:
+        if subscription in (None, DEFAULT):
+            return OutboxAdmin(self._schema, actor)
+        found = Subscriptions(self._schema).named(self._connection, str(subscription))
+        return SubscriptionAdmin(self._schema, found, actor)
+
+    def _refuse_replay(self, decision: DecisionAsked) -> None:
+        if decision.subscription not in (None, DEFAULT):
+            raise UsageError("a replay is for all subscriptions", hint="name none")
+
+
+def _refuse_more(count: int, at_most: int) -> None:
+    if count > at_most:
+        raise RefusedError(
+            f"{count:,} match now, more than the {at_most:,} that were confirmed; nothing was changed",
+            hint="look again, and confirm again",
+        )
+
+
+def _work(rounds: Iterable[Round], count: int) -> Done:
+    """Rounds until the time is over."""
+    until, done, looked_at = time.monotonic() + BUDGET_S, 0, 0
+    for each in rounds:
+        done += each.done
+        looked_at += each.looked_at
+        if time.monotonic() >= until:
+            break
+    return Done(count, done, looked_at)
+
+
+def found_pause(controls: Iterable[Control], number: int) -> Pause:
+    """The pause of this number. Raises NotFoundError."""
+    for each in controls:
+        if each.pause.id == number:
+            return each.pause
+    raise NotFoundError(f"there is no pause {number}", hint="somebody has ended it, or its time is over")

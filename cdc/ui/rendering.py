@@ -1,0 +1,41 @@
+"""Pages from templates. Whatever is shown is escaped: it is others' text."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from cdc import __version__
+from cdc.core.printable import printable
+from cdc.core.units import format_bytes, format_duration
+
+_SHORT = 90
+
+
+def environment() -> Environment:
+    made = Environment(
+        loader=PackageLoader("cdc.ui"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    made.filters.update(
+        moment=_moment, duration=lambda value: "" if value is None else format_duration(value), size=format_bytes,
+        short=_short, number=lambda value: f"{value:,}", line=printable,
+    )  # fmt: skip
+    made.globals.update(version=__version__)
+    return made
+
+
+def style() -> bytes:
+    return resources.files("cdc.ui").joinpath("style.css").read_bytes()
+
+
+def _moment(value: datetime | None) -> str:
+    return "" if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
+
+
+def _short(value: Any) -> str:
+    """One line of it."""
+    text = printable(str(value if value is not None else "").split("\n", 1)[0])
+    return text if len(text) <= _SHORT else f"{text[: _SHORT - 1]}…"

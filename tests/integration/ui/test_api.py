@@ -1,0 +1,142 @@
+"""The API: it says what the commands say, does what they do, and takes what its document allows and nothing else."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import psycopg
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis.checks import CHECKS, load_all_checks
+from schemathesis.generation import GenerationMode
+
+from cdc.core.pauses import Pause
+from cdc.postgres.actions import ActionLog
+from cdc.postgres.controls import Controls
+from tests.commands import answer, invoke
+from tests.commands_subscription import create
+from tests.fix_consumer import states
+from tests.fix_outbox import fill
+from tests.fix_ui import ask, failed
+
+WHY = {"because": "a test"}
+
+
+def _without_ages(value: Any) -> Any:
+    """Ages differ between two readings."""
+    if isinstance(value, dict):
+        return {name: _without_ages(item) for name, item in value.items() if not name.endswith(("age_s", "ends_in_s"))}
+    return [_without_ages(item) for item in value] if isinstance(value, list) else value
+
+
+_SAYING = {
+    "/api/changes": "outbox list --state dead", "/api/changes/2": "outbox show 2",
+    "/api/changes/2?payload=true": "outbox show 2 --show-payload", "/api/controls": "controls",
+    "/api/actions": "actions", "/api/backfills": "backfill status", "/api/subscriptions": "subscription list",
+    "/api/status": "status",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", _SAYING)
+def test_it_says_what_the_commands_say(interface: str, outbox: str, outbox_db: psycopg.Connection, path: str) -> None:
+    failed(outbox_db, 3)
+    create(outbox, "search")
+    Controls("public").pause(outbox_db, Pause(0, entity_type="mail", because="it is down", set_by="anna"))
+    outbox_db.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    answer(invoke(outbox, "track", "t", "--json"))
+    answer(invoke(outbox, "backfill", "t", "--json"))
+    said = answer(invoke(outbox, *_SAYING[path].split(), "--json"))
+    status, found, _ = ask(interface, path)
+    assert status == 200, found
+    name = "outbox" if path == "/api/status" else next(iter(said))
+    assert _without_ages(found[name]) == _without_ages(said[name])
+    assert found[name], "something is compared"
+
+
+def test_changes_are_decided_about_by_name_and_by_filters(interface: str, outbox_db: psycopg.Connection) -> None:
+    failed(outbox_db, 5)
+    failed(outbox_db, 2, "order")
+    by_type = {"filters": {"type": "mail"}, **WHY}
+    assert ask(interface, "/api/changes/retry", {**by_type, "dry_run": True})[1]["matching"] == 5
+    assert states(outbox_db) == {"dead": 7}
+    status, refused, _ = ask(interface, "/api/changes/retry", {**by_type, "at_most": 4})
+    assert (status, "5 match now" in refused["error"]) == (409, True)
+    status, done, _ = ask(interface, "/api/changes/retry", by_type)
+    assert (status, done["done"], done["left"]) == (200, 5, 0)
+    assert ask(interface, "/api/changes/discard", {"changes": [6, 7], **WHY})[1]["done"] == 2
+    status, done, _ = ask(interface, "/api/changes/replay", {"changes": [6], **WHY})
+    assert (status, done["done"]) == (200, 1)
+    assert states(outbox_db) == {"waiting": 5, "processed": 2, "fresh": 1}
+    assert [(each.action, each.via, each.person, each.count, each.because) for each in
+            ActionLog("public").latest(outbox_db, 10)] == [
+        (action, "api", "anna", count, "a test") for action, count in (("replay", 1), ("discard", 2), ("retry", 5))
+    ]  # fmt: skip
+
+
+def test_a_replay_by_filters_is_given_again_without_doing_it_twice(
+    interface: str, outbox_db: psycopg.Connection
+) -> None:
+    fill(outbox_db, 4)
+    asked = {"filters": {}, **WHY}
+    _, done, _ = ask(interface, "/api/changes/replay", asked)
+    _, again, _ = ask(
+        interface, "/api/changes/replay", {**asked, "unless_replayed_since": done["unless_replayed_since"]}
+    )
+    assert (done["done"], again["done"], states(outbox_db)["fresh"]) == (4, 0, 4)
+
+
+def test_pauses_are_set_and_ended(interface: str, outbox_db: psycopg.Connection) -> None:
+    status, made, _ = ask(interface, "/api/pauses", {"handler": "mail", "for": "30m", **WHY})
+    assert (status, made["paused"]["scope"], made["paused"]["set_by"]) == (200, "handler", "anna")
+    assert ask(interface, "/api/pauses/resume", {"type": "other", **WHY})[0] == 404
+    status, ended, _ = ask(interface, "/api/pauses/resume", {"handler": "mail", **WHY})
+    assert (status, len(ended["resumed"]), ended["left"]) == (200, 1, [])
+
+
+_RETRY, _PAUSES = "/api/changes/retry", "/api/pauses"
+
+
+@pytest.mark.parametrize(("path", "body", "status"), [
+    (_RETRY, {"changes": [1]}, 422), (_RETRY, {"filters": {}, "because": "  "}, 422), (_RETRY, {**WHY}, 422),
+    (_RETRY, {"changes": [1], "filters": {}, **WHY}, 422), (_RETRY, {"changes": [1], **WHY}, 404),
+    (_RETRY, {"filters": {"handler": "x"}, **WHY}, 400), (_PAUSES, {"key": "1", **WHY}, 422),
+    (_PAUSES, {"for": "soon", **WHY}, 422), (_PAUSES, {"subscription": "none", **WHY}, 404),
+    ("/api/backfills/7/pause", {**WHY}, 404),
+])  # fmt: skip
+def test_what_does_not_make_sense_is_refused_in_a_sentence(
+    interface: str, path: str, body: dict[str, Any], status: int
+) -> None:
+    found, said, _ = ask(interface, path, body)
+    assert (found, bool(said["error"])) == (status, True)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_no_request_that_the_document_allows_or_forbids_breaks_it(
+    interface: str, outbox_db: psycopg.Connection, mode: GenerationMode
+) -> None:
+    """No 500, no status and no answer that the document does not know. Of the doctor no request says anything."""
+    failed(outbox_db, 3)
+    fill(outbox_db, 3)
+    load_all_checks()
+    checks = CHECKS.get_by_names(
+        ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"]
+    )
+    document = schemathesis.openapi.from_url(f"{interface}/api/openapi.json")
+    operations: list[Any] = [found.ok() for found in document.get_all_operations()]  # type: ignore[union-attr]
+    for operation in operations:
+        if not operation.path.endswith("/doctor"):
+            _try(operation, mode, checks)
+    assert len(operations) > 10
+
+
+def _try(operation: Any, mode: GenerationMode, checks: Any) -> None:
+    @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(operation.as_strategy(generation_mode=mode))
+    def each(case: Any) -> None:
+        case.call_and_validate(checks=checks)
+
+    with suppress(Unsatisfiable):  # what takes nothing cannot be asked for wrongly
+        each()
