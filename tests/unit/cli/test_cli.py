@@ -443,7 +443,7 @@ def test_every_setting_is_an_option_of_the_command_that_it_is_for(cli: Cli) -> N
 def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, object]]:
     """What the consumer would be started with."""
     given: list[tuple[Settings, object]] = []
-    monkeypatch.setattr("cdc.app.serve.serve", lambda settings, router: given.append((settings, router)))
+    monkeypatch.setattr("cdc.app.serve.serve", given.extend)
     return given
 
 
