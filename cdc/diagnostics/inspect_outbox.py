@@ -49,13 +49,13 @@ from cdc.postgres.grants import (
     ATTEMPT_RIGHTS,
     BARRED,
     BARRIER_RIGHTS,
-    CONTROLS,
     DUE_DESCRIPTION,
     KEEPING,
     PAYLOAD,
     PUBLISH_DUE,
     SHARD_RIGHTS,
     STATE,
+    reader,
 )
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
@@ -342,8 +342,9 @@ def row_security(connection: psycopg.Connection, name: str) -> RowSecurity:
 
 
 def readers(connection: psycopg.Connection, name: str) -> DataReaders:
-    # What is paused may be seen by whoever reads.
-    internal = [each for each in _INTERNAL if each != CONTROLS]
+    # What whoever reads the history may see as a whole says nothing about them.
+    seen = {right.object for right in reader("").rights if not right.columns}
+    internal = [each for each in _INTERNAL if each not in seen]
     parameters = {"schema": name, "payload": list(PAYLOAD), "internal": internal}
     with connection.cursor(row_factory=dict_row) as cursor:
         rows = cursor.execute(_READERS.encode(), parameters).fetchall()
