@@ -19,7 +19,7 @@ import cdc
 from cdc.core.errors import RefusedError
 from cdc.core.router import Router
 from cdc.postgres import bulk, migrations, tracking
-from cdc.postgres.backfill import Backfills
+from cdc.postgres.backfill import BACKLOG, Backfills
 from cdc.postgres.retention import Retention
 from cdc.postgres.subscriptions import Subscriptions
 from cdc.postgres.tracked_tables import Truncate
@@ -287,8 +287,8 @@ async def test_a_backfill_for_one_is_read_by_it_alone_and_waits_for_its_consumer
     (router, seen), (default, by_default), (other, by_other) = collecting(), collecting(), collecting()
     async with consuming(outbox, default), consuming(outbox, other, subscription="billing"):
         began = asyncio.create_task(asyncio.to_thread(done, outbox, "backfill", "orders", *FOR_SEARCH))
-        await _until(lambda: len(rows(outbox_db)) >= 40, "as many are written as may be unsettled")
-        assert len(rows(outbox_db)) <= 50
+        await _until(lambda: len(rows(outbox_db)) >= BACKLOG, "as many are written as may be unsettled")
+        assert len(rows(outbox_db)) == BACKLOG
         assert not began.done()
         async with consuming(outbox, router, subscription="search"):
             said = await began
