@@ -138,7 +138,7 @@ def _sets(connection: psycopg.Connection, schema: str) -> dict[str, frozenset[in
         return {}
     ledger = sql.SQL("SELECT set_name, array_agg(version) FROM {} GROUP BY set_name ORDER BY set_name")
     rows = connection.execute(ledger.format(sql.Identifier(schema, "cdc_sets")))
-    return {name: frozenset(versions) for name, versions in rows}
+    return {name: frozenset(versions) - {0} for name, versions in rows}  # 0: there before versions were recorded
 
 
 def verify(connection: psycopg.Connection, schema: str) -> list[Difference]:

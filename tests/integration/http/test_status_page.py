@@ -93,8 +93,12 @@ async def test_a_consumer_of_a_subscription_shows_what_is_its_own(outbox: str, o
             found = await outbox_of(port)
             return found and found["dead_letters"]
 
+        async def counted() -> Any:
+            shown = await asyncio.to_thread(figures, port)
+            return shown if any(own["changes"]["dead"] for own in shown["subscriptions"]["known"]) else None
+
         [letter] = await eventually_async(died, what="the dead letter of search, and none of the default subscription")
-        shown = await asyncio.to_thread(figures, port)
+        shown = await eventually_async(counted, what="it is counted, too")
     assert letter["entity_type"] == "dying"
     assert (shown["consumer"]["subscription"], shown["consumer"]["paused"]) == ("search", False)
     [own] = shown["subscriptions"]["known"]
