@@ -7,6 +7,7 @@ import os
 import select
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,18 @@ def test_a_session_that_ends_with_an_error_of_its_socket_is_told_at_once(
         runner.run(ended())
 
 
-async def test_to_close_a_connection_whose_socket_is_another_ones_by_now_leaves_that_one_alone(database: str) -> None:
+async def test_to_close_a_connection_whose_socket_is_another_ones_by_now_leaves_that_one_alone(
+    database: str, request: pytest.FixtureRequest
+) -> None:
     """libpq closes a socket when it meets an error, and the next connection gets its number."""
     before = await _connected(database)
     await before.rows(b"SELECT 1", {})
     number = before.pgconn.socket
+    below = [os.open(os.devnull, os.O_RDONLY)]  # no lower number is free
+    while below[-1] < number:
+        below.append(os.open(os.devnull, os.O_RDONLY))
+    for each in below:
+        request.addfinalizer(partial(os.close, each))
     cut(before)
     async with await _connected(database) as connection:
         assert connection.pgconn.socket == number
