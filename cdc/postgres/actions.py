@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -35,6 +36,7 @@ _NAMED_MAX = 100
 _LOCK = 0x63646304
 """First key of the lock held by who claims a command; the second is a hash of it."""
 _SCAN = 20_000
+_RECORDED = "; what an operator does is recorded, or is not done"
 _PRUNED = 1_000
 
 
@@ -71,11 +73,27 @@ class Action:
         return ", ".join(f"{name} {_shown(value)}" for name, value in self.target.items())
 
 
+@contextmanager
+def explained(schema: str, what: str, more: str = "") -> Iterator[None]:
+    """What an operator lacks, as SchemaError: the table of ``what``, or a right. ``more``: what the right is for."""
+    option = "" if schema == "public" else f" --schema {schema}"
+    try:
+        yield
+    except (errors.UndefinedTable, errors.UndefinedColumn, errors.InvalidSchemaName):
+        raise SchemaError(
+            f"schema {schema} has no table of {what}", hint=f"cdc db install{option}, or cdc db upgrade{option}"
+        ) from None
+    except errors.InsufficientPrivilege as refused:
+        raise SchemaError(
+            f"the role may not: {refused.diag.message_primary}", hint=f"cdc db grant{option} --operator ROLE{more}"
+        ) from None
+
+
 class ActionLog:
     """The statements for the outbox in ``schema``; what ``actor`` does is recorded."""
 
     def __init__(self, schema: str, actor: Actor | None = None) -> None:
-        self._schema = schema
+        self._explained = partial(explained, schema, "what operators do, so nothing is done", _RECORDED)
         self._actor = actor or Actor()
         self._statements = load("actions.sql", schema)
 
@@ -106,7 +124,10 @@ class ActionLog:
         self, connection: psycopg.Connection, limit: int, *, before: int | None = None, scan: int = _SCAN
     ) -> list[Action]:
         """The latest first. ``before``: the ``id`` of the last one of the page before."""
-        with self._explained(), connection.cursor(row_factory=class_row(Action)) as cursor:
+        with (
+            self._explained(),
+            connection.cursor(row_factory=class_row(Action)) as cursor,
+        ):
             given = {"limit": limit, "before": before, "scan": scan}
             return cursor.execute(self._statements["latest"], given).fetchall()
 
@@ -128,22 +149,6 @@ class ActionLog:
     async def prune_batch(self, connection: psycopg.AsyncConnection, older_than_s: float) -> int:
         cursor = await connection.execute(self._statements["prune"], _old(older_than_s))
         return cursor.rowcount
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        option = "" if self._schema == "public" else f" --schema {self._schema}"
-        try:
-            yield
-        except (errors.UndefinedTable, errors.InvalidSchemaName):
-            raise SchemaError(
-                f"schema {self._schema} has no table of what operators do, so nothing is done",
-                hint=f"cdc db upgrade{option}",
-            ) from None
-        except errors.InsufficientPrivilege as refused:
-            raise SchemaError(
-                f"the role may not: {refused.diag.message_primary}",
-                hint=f"cdc db grant{option} --operator ROLE; what an operator does is recorded, or is not done",
-            ) from None
 
 
 def named(seqs: Sequence[int]) -> dict[str, Any]:

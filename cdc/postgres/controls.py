@@ -7,21 +7,18 @@ of the database's clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
 import psycopg
-from psycopg import errors
 from psycopg.rows import dict_row
 
 from cdc.core.errors import NotFoundError, RefusedError, SchemaError
 from cdc.core.model import SHARDS
 from cdc.core.pauses import PAUSES_MAX, Pause, Pauses
 from cdc.core.type_filter import TypeFilter
-from cdc.postgres.actions import ActionLog, Actor
+from cdc.postgres.actions import ActionLog, Actor, explained
 from cdc.postgres.admin import bounded, wake
 from cdc.postgres.outbox import FIRST_TYPE, TYPES_MAX
 from cdc.postgres.sql_files import load
@@ -52,7 +49,7 @@ class Controls:
 
     def pause(self, connection: psycopg.Connection, pause: Pause, for_s: float | None = None) -> Control:
         """Pause this, in place of a pause of the same, for so many seconds. Raises RefusedError for too many pauses."""
-        with self._explained():
+        with explained(self._schema, "what is paused"):
             with bounded(connection):
                 said = {"because": pause.because, "set_by": pause.set_by, "for_s": for_s, "max": PAUSES_MAX}
                 row = connection.execute(self._statements["pause"], {**_target(pause), **said}).fetchone()
@@ -67,7 +64,7 @@ class Controls:
 
     def resume(self, connection: psycopg.Connection, pause: Pause | None) -> list[Control]:
         """End this pause; None: all. Returns what has ended. Raises NotFoundError where there is no such pause."""
-        with self._explained():
+        with explained(self._schema, "what is paused"):
             before = {each.pause.id: each for each in self.all(connection)}
             with bounded(connection):
                 parameters = {**_target(pause or Pause(0)), "all": pause is None}
@@ -83,7 +80,7 @@ class Controls:
 
     def all(self, connection: psycopg.Connection) -> list[Control]:
         """Those in force, in the order in which they were set. Raises SchemaError where the outbox is too old."""
-        with self._explained(), connection.cursor(row_factory=dict_row) as cursor:
+        with explained(self._schema, "what is paused"), connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["in_force"], {"max": PAUSES_MAX}).fetchall()
         return [
             Control(Pause(**{name: row[name] for name in _PAUSE}), row["role"], row["set_at"], row["until"])
@@ -111,21 +108,6 @@ class Controls:
         row = connection.execute(self._statements["oldest_ready"], parameters).fetchone()
         assert row is not None
         return float(row[0])
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        option = "" if self._schema == "public" else f" --schema {self._schema}"
-        try:
-            yield
-        except (errors.UndefinedTable, errors.InvalidSchemaName):
-            raise SchemaError(
-                f"schema {self._schema} has no table of what is paused",
-                hint=f"cdc db install{option}, or cdc db upgrade{option}",
-            ) from None
-        except errors.InsufficientPrivilege as refused:
-            raise SchemaError(
-                f"the role may not: {refused.diag.message_primary}", hint=f"cdc db grant{option} --operator ROLE"
-            ) from None
 
 
 def _target(pause: Pause) -> dict[str, str | None]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 import psycopg
-from psycopg import errors
 from psycopg.rows import dict_row
 
-from cdc.core.errors import NotFoundError, RefusedError, SchemaError
+from cdc.core.errors import NotFoundError, RefusedError
 from cdc.core.limits import Limit, LimitSetting
 from cdc.core.pauses import PAUSES_MAX
-from cdc.postgres.actions import ActionLog, Actor
+from cdc.postgres.actions import ActionLog, Actor, explained
 from cdc.postgres.admin import bounded, wake
 from cdc.postgres.sql_files import load
 
@@ -45,7 +42,7 @@ class LimitAdmin:
             "set_by": setting.set_by, "rate": limit.rate, "burst": limit.burst, "at_once": limit.at_once,
             "by_path": limit.by, "max": PAUSES_MAX,
         }  # fmt: skip
-        with self._explained():
+        with explained(self._schema, "limits"):
             with bounded(connection):
                 row = connection.execute(self._statements["set"], given).fetchone()
                 if row is None:
@@ -60,7 +57,7 @@ class LimitAdmin:
 
     def clear(self, connection: psycopg.Connection, handler: str | None, subscription: str | None) -> list[SetLimit]:
         """Those that are set no more; None: all. What the code declares holds again. Raises NotFoundError."""
-        with self._explained():
+        with explained(self._schema, "limits"):
             before = {each.setting.id: each for each in self.all(connection)}
             given = {"handler": handler, "subscription": subscription, "all": handler is None}
             with bounded(connection):
@@ -74,7 +71,7 @@ class LimitAdmin:
 
     def all(self, connection: psycopg.Connection) -> list[SetLimit]:
         """Those that are set, in that order. Raises SchemaError where the outbox is too old."""
-        with self._explained(), connection.cursor(row_factory=dict_row) as cursor:
+        with explained(self._schema, "limits"), connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["all"], {"max": PAUSES_MAX}).fetchall()
         return [
             SetLimit(
@@ -84,18 +81,3 @@ class LimitAdmin:
                 ), row["role"], row["set_at"],
             ) for row in rows
         ]  # fmt: skip
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        option = "" if self._schema == "public" else f" --schema {self._schema}"
-        try:
-            yield
-        except (errors.UndefinedTable, errors.UndefinedColumn, errors.InvalidSchemaName):
-            raise SchemaError(
-                f"schema {self._schema} has no table of limits",
-                hint=f"cdc db install{option}, or cdc db upgrade{option}",
-            ) from None
-        except errors.InsufficientPrivilege as refused:
-            raise SchemaError(
-                f"the role may not: {refused.diag.message_primary}", hint=f"cdc db grant{option} --operator ROLE"
-            ) from None
