@@ -123,6 +123,7 @@ def test_before_anything_is_known_it_says_so_and_invents_no_figures(page: Status
         "version",
         "at",
         "up_s",
+        "beside",
         "consumer",
         "subscriptions",
         "outbox",

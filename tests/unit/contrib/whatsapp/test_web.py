@@ -283,10 +283,11 @@ def test_without_its_libraries_the_endpoint_does_not_start_and_names_what_to_ins
     again = [
         name
         for name in sys.modules
-        if name.startswith((f"{missing}.", "cdc.contrib.whatsapp.serve", "cdc.contrib.whatsapp.web"))
+        if name.startswith((f"{missing}.", "cdc.contrib.whatsapp.", "cdc.runtime.web_server", "cdc.runtime.http_"))
     ]
     for module in again:
         monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr("cdc.runtime.web_server", raising=False)  # the package has it, too
     monkeypatch.setitem(sys.modules, missing, None)
     refused = CliRunner().invoke(cdc, ["whatsapp", "serve"])
     assert refused.exit_code == 2
