@@ -17,13 +17,13 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, sync_playwright
 
+from cdc.contrib.ui.access import Doors
+from cdc.contrib.ui.operations import Source
+from cdc.contrib.ui.serve import make_app
 from cdc.core.router import Router
 from cdc.diagnostics.facts import Subject
 from cdc.runtime import web_server
 from cdc.runtime.http_connections import Connection
-from cdc.ui.access import Doors
-from cdc.ui.operations import Source
-from cdc.ui.serve import make_app
 from tests.eventually import eventually
 
 ALONE = Doors(alone="anna")

@@ -27,9 +27,9 @@ def ui(resolved: Resolved) -> None:
     that says who it is. Runs until SIGTERM or Ctrl-C. Put something that speaks TLS before it.
     """
     try:
-        from cdc.ui.access import Doors  # noqa: PLC0415 - its libraries are an extra
-        from cdc.ui.operations import Source  # noqa: PLC0415 - see above
-        from cdc.ui.serve import serve  # noqa: PLC0415 - see above
+        from cdc.contrib.ui.access import Doors  # noqa: PLC0415 - its libraries are an extra
+        from cdc.contrib.ui.operations import Source  # noqa: PLC0415 - see above
+        from cdc.contrib.ui.serve import serve  # noqa: PLC0415 - see above
     except ModuleNotFoundError as missing:
         library = (missing.name or "").partition(".")[0]
         if library not in ("fastapi", "jinja2", "starlette", "uvicorn"):

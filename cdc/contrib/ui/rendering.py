@@ -17,7 +17,11 @@ _SHORT = 90
 
 def environment() -> Environment:
     made = Environment(
-        loader=PackageLoader("cdc.ui"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("cdc.contrib.ui"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     made.filters.update(
         moment=_moment, duration=lambda value: "" if value is None else format_duration(value), size=format_bytes,
@@ -28,7 +32,7 @@ def environment() -> Environment:
 
 
 def style() -> bytes:
-    return resources.files("cdc.ui").joinpath("style.css").read_bytes()
+    return resources.files("cdc.contrib.ui").joinpath("style.css").read_bytes()
 
 
 def _moment(value: datetime | None) -> str:

@@ -17,20 +17,20 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from cdc.contrib.ui import forms
+from cdc.contrib.ui.access import Doors
+from cdc.contrib.ui.documents_diff import columns, text
+from cdc.contrib.ui.failures import described
+from cdc.contrib.ui.forms import Fields, one
+from cdc.contrib.ui.operations import Operations, Source, found_pause
+from cdc.contrib.ui.places import read_place, written_place
+from cdc.contrib.ui.rendering import environment, style
 from cdc.core.errors import NotFoundError, UsageError
 from cdc.core.pauses import Pause
 from cdc.postgres.admin import parse_reference
 from cdc.replication.slot_health import assess
-from cdc.ui import forms
-from cdc.ui.access import Doors
-from cdc.ui.documents_diff import columns, text
-from cdc.ui.failures import described
-from cdc.ui.forms import Fields, one
-from cdc.ui.operations import Operations, Source, found_pause
-from cdc.ui.places import read_place, written_place
-from cdc.ui.rendering import environment, style
 
-log = logging.getLogger("cdc.ui")
+log = logging.getLogger("cdc.contrib.ui")
 
 _PAGE = 50
 _SEE_OTHER = 303

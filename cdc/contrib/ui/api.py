@@ -27,15 +27,15 @@ from cdc.app.documents import (
     status_document,
     subscription_document,
 )
+from cdc.contrib.ui import models
+from cdc.contrib.ui.failures import RequestFailure, described
+from cdc.contrib.ui.operations import DecisionAsked, Deed, Done, Operations, Source
+from cdc.contrib.ui.places import read_place, written_place
 from cdc.core.model import ChangeState
 from cdc.core.pauses import Pause
 from cdc.postgres.actions import Actor
 from cdc.postgres.admin import parse_reference
 from cdc.postgres.bulk import Wanted
-from cdc.ui import models
-from cdc.ui.failures import RequestFailure, described
-from cdc.ui.operations import DecisionAsked, Deed, Done, Operations, Source
-from cdc.ui.places import read_place, written_place
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": models.Problem, "description": description}

@@ -8,11 +8,11 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from cdc.contrib.ui.operations import Operations
 from cdc.core.errors import UsageError
 from cdc.core.units import parse_duration
 from cdc.postgres.actions import BECAUSE_BYTES
 from cdc.postgres.bulk import Wanted
-from cdc.ui.operations import Operations
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000, pattern=r"^[^\x00]*$")]
 Because = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=BECAUSE_BYTES // 4,

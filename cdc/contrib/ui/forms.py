@@ -10,13 +10,13 @@ from uuid import UUID, uuid4
 
 from starlette.requests import Request
 
+from cdc.contrib.ui.operations import DecisionAsked, Operations
 from cdc.core.errors import UsageError
 from cdc.core.model import ChangeState
 from cdc.core.pauses import Pause
 from cdc.core.units import parse_duration, parse_moment
 from cdc.postgres.actions import BECAUSE_BYTES, Actor
 from cdc.postgres.admin import Reference, parse_reference
-from cdc.ui.operations import DecisionAsked, Operations
 
 FILTERS = ("type", "key", "handler", "error", "text", "since", "until")
 BODY_MAX = 256 * 1024

@@ -9,8 +9,8 @@ from starlette.datastructures import Headers
 
 from cdc.app import config
 from cdc.app.ui_section import logins
+from cdc.contrib.ui.access import Doors
 from cdc.core.errors import UsageError
-from cdc.ui.access import Doors
 
 SECRET = "a-secret-of-some-length"
 TWO = Doors(logins=lambda: {"anna": SECRET, "ben": SECRET + "2"})

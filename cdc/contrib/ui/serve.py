@@ -11,14 +11,14 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import ASGIApp
 
+from cdc.contrib.ui.access import Access, Doors
+from cdc.contrib.ui.api import make_api
+from cdc.contrib.ui.operations import Source
+from cdc.contrib.ui.pages import Pages
 from cdc.core.errors import RefusedError
 from cdc.runtime import web_server
-from cdc.ui.access import Access, Doors
-from cdc.ui.api import make_api
-from cdc.ui.operations import Source
-from cdc.ui.pages import Pages
 
-log = logging.getLogger("cdc.ui")
+log = logging.getLogger("cdc.contrib.ui")
 
 
 def make_app(source: Source, doors: Doors, *, listener: socket.socket | None = None) -> ASGIApp:

@@ -8,7 +8,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from cdc.ui.access import Doors
+from cdc.contrib.ui.access import Doors
 from tests.commands import refused
 from tests.fix_ui import ask, failed, serving
 

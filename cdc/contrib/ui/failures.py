@@ -9,7 +9,7 @@ from cdc.core.errors import CdcError, ConnectError, NotFoundError, RefusedError,
 from cdc.core.sqlstate import About, about
 from cdc.postgres.connect import explain
 
-log = logging.getLogger("cdc.ui")
+log = logging.getLogger("cdc.contrib.ui")
 
 _STATUSES: tuple[tuple[type[CdcError], int], ...] = (
     (UsageError, 400), (NotFoundError, 404), (RefusedError, 409), (ConnectError, 503), (SchemaError, 403),

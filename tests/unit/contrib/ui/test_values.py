@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdc.contrib.ui.documents_diff import Column, columns, text
+from cdc.contrib.ui.places import read_place, written_place
 from cdc.core.errors import UsageError
 from cdc.core.fast_change import Json
 from cdc.core.model import SEQ_MAX
 from cdc.postgres.search import SearchPlace
-from cdc.ui.documents_diff import Column, columns, text
-from cdc.ui.places import read_place, written_place
 
 
 @given(st.none() | st.datetimes(timezones=st.just(UTC)), st.integers(0, SEQ_MAX))
