@@ -16,12 +16,15 @@ import psycopg
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, sync_playwright
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
 
 from cdc.contrib.ui.access import Doors
 from cdc.contrib.ui.operations import Source
 from cdc.contrib.ui.serve import make_app
 from cdc.core.router import Router
 from cdc.diagnostics.facts import Subject
+from cdc.postgres import grants
 from cdc.runtime import web_server
 from cdc.runtime.http_connections import Connection
 from tests.eventually import eventually
@@ -90,6 +93,22 @@ def page(browser: Browser) -> Iterator[Page]:
     yield opened
     context.close()
     assert said == []
+
+
+def because(page: Page, reason: str, button: str) -> None:
+    page.get_by_label("Why?").fill(reason)
+    page.get_by_role("button", name=button, exact=True).click()
+
+
+@pytest.fixture
+def reader(outbox: str, outbox_db: psycopg.Connection) -> Iterator[str]:
+    """The DSN of a role that was granted --readonly."""
+    [(name,)] = outbox_db.execute("SELECT 'reader_' || current_database()").fetchall()
+    role = sql.Identifier(name)
+    outbox_db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
+    grants.grant(outbox_db, "public", [grants.reader(name)])
+    yield make_conninfo(outbox, user=name)
+    outbox_db.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
 
 
 def ask(

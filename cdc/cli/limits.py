@@ -14,7 +14,7 @@ from cdc.cli.controls import refuse_unknown
 from cdc.cli.options import database_options, json_option, open_database
 from cdc.cli.output import print_json, print_table, say
 from cdc.core.errors import UsageError
-from cdc.core.limits import Limit, LimitSetting, check_path
+from cdc.core.limits import Limit, LimitSetting, check_handler, check_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,9 +65,7 @@ def set_(
     from cdc.postgres.limit_admin import LimitAdmin  # noqa: PLC0415 - --help does not wait for the driver to load
 
     limit = Limit(rate, burst, at_once, check_path(path) if path is not None else None)
-    if not handler.strip() or "\0" in handler or handler == "*":
-        raise UsageError("which handler?", hint="its name, as in metrics and logs")
-    setting = LimitSetting(0, handler, limit, subscription, checked(because), who or user())
+    setting = LimitSetting(0, check_handler(handler), limit, subscription, checked(because), who or user())
     with open_database(settings) as connection:
         refuse_unknown(connection, settings, subscription)
         made = LimitAdmin(settings.schema_, actor()).set(connection, setting)

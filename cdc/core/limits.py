@@ -141,6 +141,13 @@ def check_path(path: str) -> str:
     return path
 
 
+def check_handler(name: str) -> str:
+    """Raises UsageError for what names no handler."""
+    if not name.strip() or "\0" in name or name == "*":
+        raise UsageError("which handler?", hint="its name, as in metrics and logs")
+    return name
+
+
 def _count(rate: str) -> float:
     return float(_parsed(rate)[1])
 

@@ -7,6 +7,7 @@ of the database's clock.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any
@@ -25,6 +26,9 @@ from cdc.postgres.sql_files import load
 
 _SCAN_MAX = 200
 """Fresh changes of a shard that are examined in search of one that is not held."""
+_NAMED_MAX = 50
+_NAME_MAX = 80
+"""Of several things that are paused or resumed together: how many the log names, and characters of each."""
 _PAUSE = tuple(field.name for field in fields(Pause))
 
 
@@ -61,6 +65,43 @@ class Controls:
                 self._log.record(connection, "pause", {**_recorded(pause), "for_s": for_s}, actor=who)
             wake(connection)
         return next(each for each in self.all(connection) if each.pause.id == row[0])
+
+    def pause_keys(self, connection: psycopg.Connection, pauses: Sequence[Pause], for_s: float | None = None) -> int:
+        """Pause these keys in one step, as ``pause`` does one; how many. All are of one subscription, by one person.
+
+        Raises RefusedError for too many pauses.
+        """
+        first = pauses[0]
+        given = {
+            "types": [each.entity_type for each in pauses], "ids": [each.entity_id for each in pauses],
+            "subscription": first.subscription, "because": first.because, "set_by": first.set_by, "for_s": for_s,
+            "max": PAUSES_MAX,
+        }  # fmt: skip
+        with explained(self._schema, "what is paused"):
+            with bounded(connection):
+                made = connection.execute(self._statements["pause_keys"], given).rowcount
+                if not made:
+                    raise RefusedError(
+                        f"with {len(pauses)} more there would be more than {PAUSES_MAX} pauses",
+                        hint="cdc controls; then cdc resume",
+                    )
+                target = {"subscription": first.subscription, "for_s": for_s, **_named_keys(pauses)}
+                who = replace(self._actor, person=first.set_by, because=first.because)
+                self._log.record(connection, "pause", target, made, actor=who)
+            wake(connection)
+        return made
+
+    def resume_these(self, connection: psycopg.Connection, pauses: Sequence[Pause]) -> int:
+        """End those of these that nobody has ended; how many. Raises NotFoundError where that is none."""
+        with explained(self._schema, "what is paused"):
+            with bounded(connection):
+                given = {"ids": [each.id for each in pauses]}
+                ended = connection.execute(self._statements["resume_these"], given).rowcount
+                self._log.record(connection, "resume", {"pauses": [str(each) for each in pauses[:_NAMED_MAX]]}, ended)
+            if not ended:
+                raise NotFoundError("none of them is paused any more", hint="somebody has ended them: cdc controls")
+            wake(connection)
+        return ended
 
     def resume(self, connection: psycopg.Connection, pause: Pause | None) -> list[Control]:
         """End this pause; None: all. Returns what has ended. Raises NotFoundError where there is no such pause."""
@@ -115,6 +156,12 @@ def _target(pause: Pause) -> dict[str, str | None]:
         "subscription": pause.subscription, "entity_type": pause.entity_type, "handler": pause.handler,
         "entity_id": pause.entity_id,
     }  # fmt: skip
+
+
+def _named_keys(pauses: Sequence[Pause]) -> dict[str, Any]:
+    """As the log has them: some, each in few characters."""
+    keys = [f"{each.entity_type} {each.entity_id}"[:_NAME_MAX] for each in pauses[:_NAMED_MAX]]
+    return {"keys": keys, **({"of": len(pauses)} if len(pauses) > _NAMED_MAX else {})}
 
 
 def _recorded(pause: Pause) -> dict[str, str | None]:

@@ -19,6 +19,30 @@ SELECT %(subscription)s::text, %(entity_type)s::text, %(handler)s::text, %(entit
 WHERE (SELECT count(*) FROM {controls} AS c WHERE c.until IS NULL OR c.until > clock_timestamp()) < %(max)s::integer
 RETURNING id
 
+-- name: pause_keys
+-- Several keys, each in place of a pause of the same. No row: there are too many.
+WITH asked AS (
+  SELECT DISTINCT a.type, a.id FROM unnest(%(types)s::text[], %(ids)s::text[]) AS a(type, id)
+), replaced AS (
+  DELETE FROM {controls} AS c
+  WHERE c.until <= clock_timestamp()
+     OR (c.subscription IS NOT DISTINCT FROM %(subscription)s::text AND c.handler IS NULL AND {is_pause}
+         AND EXISTS (SELECT FROM asked AS a WHERE a.type = c.entity_type AND a.id = c.entity_id))
+)
+INSERT INTO {controls} (subscription, entity_type, entity_id, because, set_by, until)
+SELECT %(subscription)s::text, a.type, a.id, %(because)s::text, %(set_by)s::text,
+       clock_timestamp() + make_interval(secs => %(for_s)s::double precision)
+FROM asked AS a
+WHERE (SELECT count(*) FROM {controls} AS c WHERE c.until IS NULL OR c.until > clock_timestamp())
+      + (SELECT count(*) FROM asked) <= %(max)s::integer
+ORDER BY a.type, a.id
+RETURNING id
+
+-- name: resume_these
+DELETE FROM {controls} AS c
+WHERE (c.until IS NULL OR c.until > clock_timestamp()) AND {is_pause} AND c.id = ANY (%(ids)s::bigint[])
+RETURNING c.id
+
 -- name: resume
 DELETE FROM {controls} AS c
 WHERE (c.until IS NULL OR c.until > clock_timestamp()) AND {is_pause} AND (%(all)s::boolean OR (

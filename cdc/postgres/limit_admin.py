@@ -6,14 +6,18 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 import psycopg
-from psycopg.rows import dict_row
+from psycopg import errors
+from psycopg.rows import class_row, dict_row
 
 from cdc.core.errors import NotFoundError, RefusedError
-from cdc.core.limits import Limit, LimitSetting
+from cdc.core.limits import LEASE_S, Limit, LimitSetting
 from cdc.core.pauses import PAUSES_MAX
 from cdc.postgres.actions import ActionLog, Actor, explained
 from cdc.postgres.admin import bounded, wake
 from cdc.postgres.sql_files import load
+
+_LEASES_READ = 500
+"""Rows of leases; each has an entry for each consumer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,22 @@ class SetLimit:
     setting: LimitSetting
     role: str
     set_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class LimitInUse:
+    """What the consumers of a handler have leased now, of so many ``keys``. ``permits_of_key`` and ``slots_of_key``:
+    all there are, for each key; 0: there are none. ``wants``: calls that they could make."""
+
+    subscription: str
+    handler: str
+    keys: int
+    consumers: int
+    permits: int
+    permits_of_key: int
+    slots: int
+    slots_of_key: int
+    wants: int
 
 
 class LimitAdmin:
@@ -81,3 +101,11 @@ class LimitAdmin:
                 ), row["role"], row["set_at"],
             ) for row in rows
         ]  # fmt: skip
+
+    def in_use(self, connection: psycopg.Connection) -> list[LimitInUse] | None:
+        """Also of limits in the code. None where the outbox is of an earlier version, or the role may not see it."""
+        try:
+            with bounded(connection), connection.cursor(row_factory=class_row(LimitInUse)) as cursor:
+                return cursor.execute(self._statements["in_use"], {"max": _LEASES_READ, "lease_s": LEASE_S}).fetchall()
+        except (errors.UndefinedTable, errors.InsufficientPrivilege):
+            return None

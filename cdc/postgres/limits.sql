@@ -69,3 +69,16 @@ RETURNING c.id
 -- name: all
 SELECT c.id, c.handler, c.rate, c.burst, c.at_once, c.by_path, c.subscription, c.because, c.set_by, c.role::text AS role, c.set_at
 FROM {controls} AS c WHERE {is_limit} ORDER BY c.id LIMIT %(max)s::integer
+
+-- name: in_use
+-- Of each limited handler what its consumers have leased now, and how much work they said that they have. Of a bounded
+-- number of keys; a lease that is over is left out.
+SELECT l.subscription, l.handler, count(DISTINCT l.key)::int AS keys, count(DISTINCT o.key)::int AS consumers,
+       coalesce(sum((o.value ->> 0)::int), 0)::int AS permits, max((o.value ->> 5)::int) AS permits_of_key,
+       coalesce(sum((o.value ->> 1)::int), 0)::int AS slots, max((o.value ->> 6)::int) AS slots_of_key,
+       coalesce(sum((o.value ->> 2)::int), 0)::bigint AS wants
+FROM (SELECT k.subscription, k.handler, k.key, k.leases FROM {limit_leases} AS k
+      WHERE k.idle_at > clock_timestamp() LIMIT %(max)s::integer) AS l
+CROSS JOIN LATERAL jsonb_each(l.leases) AS o
+WHERE (o.value ->> 3)::float8 + %(lease_s)s > {now_s}
+GROUP BY l.subscription, l.handler ORDER BY l.subscription, l.handler

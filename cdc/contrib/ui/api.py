@@ -24,6 +24,7 @@ from cdc.app.documents import (
     change_document,
     control_document,
     finding_document,
+    limit_document,
     status_document,
     subscription_document,
 )
@@ -31,6 +32,7 @@ from cdc.contrib.ui import models
 from cdc.contrib.ui.failures import RequestFailure, described
 from cdc.contrib.ui.operations import DecisionAsked, Deed, Done, Operations, Source
 from cdc.contrib.ui.places import read_place, written_place
+from cdc.core.limits import LimitSetting
 from cdc.core.model import ChangeState
 from cdc.core.pauses import Pause
 from cdc.postgres.actions import Actor
@@ -131,10 +133,18 @@ def _reading(api: FastAPI) -> None:
 
 
 def _reading_the_rest(api: FastAPI) -> None:
-    @api.get("/controls", response_model=models.PausesInForce)
+    @api.get("/controls", response_model=models.ControlsInForce)
     def controls(operations: Opened) -> dict[str, Any]:
-        """What is paused."""
-        return {"controls": [control_document(each) for each in operations.controls()]}
+        """What is paused and limited."""
+        return {"controls": [control_document(each) for each in operations.controls()],
+                "limits": [limit_document(each) for each in operations.limits()]}  # fmt: skip
+
+    @api.get("/limits", response_model=models.LimitsInForce)
+    def limits(operations: Opened) -> dict[str, Any]:
+        """The limits that are set, and what consumers have leased of all limits."""
+        used = operations.limits_in_use()
+        return {"limits": [limit_document(each) for each in operations.limits()],
+                "in_use": None if used is None else [asdict(each) for each in used]}  # fmt: skip
 
     @api.get("/actions", response_model=models.ActionsTaken)
     def actions(
@@ -199,6 +209,19 @@ def _deciding(api: FastAPI) -> None:
         ended = operations.resume(None if given.all else target, who(given.because))
         return {"resumed": [control_document(each) for each in ended],
                 "left": [control_document(each) for each in operations.controls()]}  # fmt: skip
+
+    @api.post("/limits", response_model=models.LimitSet)
+    def set_limit(operations: Opened, who: Who, given: models.LimitGiven) -> dict[str, Any]:
+        """Limit a handler over all consumers, in place of another limit of it."""
+        actor = who(given.because)
+        setting = LimitSetting(0, given.handler, given.limit, given.subscription, given.because, actor.person)
+        return {"limit": limit_document(operations.set_limit(setting, actor))}
+
+    @api.post("/limits/clear", response_model=models.LimitsCleared)
+    def clear_limit(operations: Opened, who: Who, given: models.ClearGiven) -> dict[str, Any]:
+        """End a limit that was set, or all. One in the handler's code holds again, if there is one."""
+        ended = operations.clear_limit(given.handler, given.subscription, who(given.because))
+        return {"cleared": [limit_document(each) for each in ended]}
 
     @api.post("/backfills/{number}/pause")
     def pause_backfill(operations: Opened, who: Who, number: Number, given: models.BecauseGiven) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from cdc.contrib.ui.operations import DecisionAsked, Operations
 from cdc.core.errors import UsageError
+from cdc.core.limits import Limit, LimitSetting, check_handler, check_path
 from cdc.core.model import ChangeState
 from cdc.core.pauses import Pause
 from cdc.core.units import parse_duration, parse_moment
@@ -119,15 +120,36 @@ def pause_of(fields: Fields, actor: Actor) -> tuple[Pause, float | None]:
         raise UsageError("a key is named with its type, and without a handler")
     if "*" in (given["type"], given["handler"]):
         raise UsageError("* is no name here", hint="with all fields empty everything is paused")
-    for_ = one(fields, "for")
     target = Pause(
         0, given["subscription"], given["type"], given["handler"], given["key"], actor.because or "", actor.person
     )
-    return target, None if for_ is None else parse_duration(for_)
+    return target, duration_of(fields)
+
+
+def duration_of(fields: Fields) -> float | None:
+    """In seconds; None: no end was given."""
+    for_ = one(fields, "for")
+    return None if for_ is None else parse_duration(for_)
+
+
+def limit_of(fields: Fields, actor: Actor) -> LimitSetting:
+    """Raises UsageError for what is no limit."""
+    by = one(fields, "by")
+    limit = Limit(
+        one(fields, "rate"),
+        number_of(fields, "burst") if one(fields, "burst") else None,
+        number_of(fields, "at_once") if one(fields, "at_once") else None,
+        None if by is None else check_path(by),
+    )
+    handler = check_handler(one(fields, "handler") or "")
+    return LimitSetting(0, handler, limit, one(fields, "subscription"), actor.because or "", actor.person)
 
 
 def number_of(fields: Fields, name: str, most: int = 2**31 - 1) -> int:
-    text = one(fields, name) or ""
+    return parse_number(name, one(fields, name) or "", most)
+
+
+def parse_number(name: str, text: str, most: int = 2**62) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 19 and int(text) <= most):
         raise UsageError(f"{name} is no number")
     return int(text)

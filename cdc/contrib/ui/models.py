@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -10,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from cdc.contrib.ui.operations import Operations
 from cdc.core.errors import UsageError
+from cdc.core.limits import PERMITS_MAX, Limit, check_handler, check_path
 from cdc.core.units import parse_duration
 from cdc.postgres.actions import BECAUSE_BYTES
 from cdc.postgres.bulk import Wanted
@@ -20,6 +23,15 @@ Because = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, 
 State = Literal["fresh", "waiting", "dead", "processed"]
 Seq = Annotated[int, Field(ge=1, le=2**63 - 1)]
 CHANGES_MAX = 1_000
+
+
+@contextmanager
+def _as_value_errors() -> Iterator[None]:
+    """What makes no sense is an answer of 422."""
+    try:
+        yield
+    except UsageError as error:
+        raise ValueError(str(error)) from None
 
 
 class _Given(BaseModel):
@@ -110,15 +122,61 @@ class PauseGiven(PauseTarget):
     def for_s(self) -> float | None:
         if self.for_ is None:
             return None
-        try:
+        with _as_value_errors():
             return parse_duration(self.for_)
-        except UsageError as error:
-            raise ValueError(str(error)) from None
 
 
 class ResumeGiven(PauseTarget):
     all: bool = Field(False, description="Every pause.")
     because: Because
+
+
+class LimitTarget(_Given):
+    handler: Text = Field(description="Its name, as in metrics and logs.")
+    subscription: Text | None = Field(None, description="None: in all.")
+
+    @model_validator(mode="after")
+    def _is_a_name(self) -> LimitTarget:
+        with _as_value_errors():
+            check_handler(self.handler)
+        return self
+
+
+class LimitGiven(LimitTarget):
+    """A rate, `at_once`, or both."""
+
+    rate: Annotated[str, StringConstraints(max_length=50)] | None = Field(
+        None, description="Calls for a time, over all consumers: 14/s, 100/m, 1000/h."
+    )
+    burst: int | None = Field(None, ge=1, le=PERMITS_MAX, description="How many of them may come together.")
+    at_once: int | None = Field(None, ge=1, le=PERMITS_MAX, description="How many may run at a time.")
+    by: Text | None = Field(None, description="For each value of this by itself, such as new.tenant.")
+    because: Because
+
+    @model_validator(mode="after")
+    def _is_a_limit(self) -> LimitGiven:
+        _ = self.limit
+        return self
+
+    @property
+    def limit(self) -> Limit:
+        with _as_value_errors():
+            return Limit(self.rate, self.burst, self.at_once, None if self.by is None else check_path(self.by))
+
+
+class ClearGiven(_Given):
+    """One limit, named as it was set, or all of them."""
+
+    handler: Text | None = None
+    subscription: Text | None = None
+    all: bool = False
+    because: Because
+
+    @model_validator(mode="after")
+    def _names_one_or_all(self) -> ClearGiven:
+        if (self.handler is None) != self.all or (self.all and self.subscription is not None):
+            raise ValueError("either a handler or all")
+        return self
 
 
 class BecauseGiven(_Given):
@@ -227,8 +285,52 @@ class PauseShape(BaseModel):
     until: datetime | None
 
 
-class PausesInForce(BaseModel):
+class LimitShape(BaseModel):
+    id: int
+    handler: str
+    subscription: str | None
+    rate: str | None
+    burst: int | None
+    at_once: int | None
+    by: str | None
+    because: str
+    set_by: str
+    role: str
+    set_at: datetime
+
+
+class LimitUse(BaseModel):
+    """What consumers have leased now, of so many `keys`; `permits_of_key` and `slots_of_key`: all that each key has."""
+
+    subscription: str
+    handler: str
+    keys: int
+    consumers: int
+    permits: int
+    permits_of_key: int
+    slots: int
+    slots_of_key: int
+    wants: int
+
+
+class ControlsInForce(BaseModel):
     controls: list[PauseShape]
+    limits: list[LimitShape]
+
+
+class LimitsInForce(BaseModel):
+    """`in_use`: also those in the code of handlers; null: the role may not see it."""
+
+    limits: list[LimitShape]
+    in_use: list[LimitUse] | None
+
+
+class LimitSet(BaseModel):
+    limit: LimitShape
+
+
+class LimitsCleared(BaseModel):
+    cleared: list[LimitShape]
 
 
 class Paused(BaseModel):

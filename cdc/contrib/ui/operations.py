@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
-from cdc.core.errors import ConnectError, NotFoundError, RefusedError, UsageError
-from cdc.core.model import ChangeState
-from cdc.core.pauses import Pause
+from cdc.core.errors import ConnectError, RefusedError, UsageError
+from cdc.core.limits import LimitSetting
+from cdc.core.model import ChangeState, Operation
+from cdc.core.pauses import Pause, Pauses
 from cdc.core.router import Router
 from cdc.core.subscription import DEFAULT
 from cdc.diagnostics import doctor, status
@@ -28,6 +29,7 @@ from cdc.postgres.backfill import UNFINISHED, Backfill, Backfills
 from cdc.postgres.bulk import Bulk, Round, Wanted
 from cdc.postgres.connect import SERVER_TCP, Connection, Dsn, connect
 from cdc.postgres.controls import Control, Controls
+from cdc.postgres.limit_admin import LimitAdmin, LimitInUse, SetLimit
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.rights import RoleRights, rights
 from cdc.postgres.search import Search, SearchPage, SearchPlace
@@ -41,6 +43,8 @@ _COUNT_LIMIT_S = 25
 """To find what matches; beyond it the filters are too wide for a page."""
 _PER_SHARD = 200
 _SCAN = 10_000
+_KEY_MAX = 1_000
+"""Characters of a key that a summary has."""
 _CONNECTIONS_MAX = 8
 _WAIT_S = 5.0
 _ANSWER_LIMIT_S = 140.0
@@ -82,12 +86,22 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A change. ``payload``: None where it was not asked for."""
+    """A change. ``payload``: None where it was not asked for. ``handler``: of its name, where that is known."""
 
     entry: ChangeSummary
     chain: list[CauseLink]
     attempts: list[Attempt]
     payload: Mapping[str, Any] | None
+    handler: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unprocessed:
+    """``more``: than were looked at. ``types``: of these; None: of all."""
+
+    count: int
+    more: bool
+    types: frozenset[str] | None
 
 
 class Source:
@@ -122,6 +136,14 @@ class Source:
     def handlers(self) -> list[str]:
         """Their names, where they are known."""
         return sorted({each.name for each in self.router.handlers.values()}) if self.router else []
+
+    def handler(self, entry: ChangeSummary) -> str | None:
+        """The one that gets the change, by its type and operation. None: nobody, or it is not known."""
+        try:
+            found = self.router and self.router.match(entry.entity_type, Operation(entry.operation))
+        except ValueError:
+            return None
+        return found.name if found else None
 
 
 class Operations:
@@ -167,11 +189,28 @@ class Operations:
         entry = admin.show(self._connection, reference)
         return Shown(
             entry, admin.chain(self._connection, entry), admin.attempts(self._connection, entry),
-            admin.payload(self._connection, entry) if payload else None,
+            admin.payload(self._connection, entry) if payload else None, self._source.handler(entry),
         )  # fmt: skip
 
     def controls(self) -> list[Control]:
         return Controls(self._schema).all(self._connection)
+
+    def held_by(self, shown: Shown, subscription: str | None) -> list[Control]:
+        """What keeps a change from being started, as far as this role may see it."""
+        entry = shown.entry
+        if entry.state == ChangeState.PROCESSED:
+            return []
+        return [
+            each for each in Controls(self._schema).seen(self._connection) or []
+            if each.pause.subscription in (None, subscription or DEFAULT)
+            and Pauses([each.pause], self._source.router).hold((entry.entity_type, entry.entity_id))
+        ]  # fmt: skip
+
+    def limits(self) -> list[SetLimit]:
+        return LimitAdmin(self._schema).all(self._connection)
+
+    def limits_in_use(self) -> list[LimitInUse] | None:
+        return LimitAdmin(self._schema).in_use(self._connection)
 
     def actions(self, limit: int, before: int | None = None) -> list[Action]:
         return ActionLog(self._schema).latest(self._connection, limit, before=before)
@@ -246,20 +285,57 @@ class Operations:
 
     def pause(self, pause: Pause, for_s: float | None, actor: Actor) -> Control:
         """Raises NotFoundError for a subscription that is not there."""
-        if pause.subscription not in (None, DEFAULT):
-            Subscriptions(self._schema).named(self._connection, str(pause.subscription))
+        self._refuse_unknown(pause.subscription)
         return Controls(self._schema, actor).pause(self._connection, pause, for_s)
+
+    def keys_of(self, changes: Sequence[Reference], subscription: str | None) -> list[Pause]:
+        """The keys of these changes, each once. Raises NotFoundError, and RefusedError for a key that is too long."""
+        found = self._admin(subscription).named(self._connection, changes)
+        if any(len(each.entity_id) >= _KEY_MAX for each in found):
+            raise RefusedError("one of these keys is too long to be paused", hint="pause its type")
+        keys = dict.fromkeys((each.entity_type, each.entity_id) for each in found)
+        return [Pause(0, subscription, entity_type, entity_id=entity_id) for entity_type, entity_id in keys]
+
+    def pause_keys(self, keys: Sequence[Pause], subscription: str | None, for_s: float | None, actor: Actor) -> int:
+        """Raises RefusedError for too many pauses."""
+        self._refuse_unknown(subscription)
+        said = [replace(each, because=actor.because or "", set_by=actor.person) for each in keys]
+        return Controls(self._schema, actor).pause_keys(self._connection, said, for_s)
+
+    def resume_these(self, pauses: Sequence[Pause], actor: Actor) -> int:
+        """Raises NotFoundError where none of them is paused any more."""
+        return Controls(self._schema, actor).resume_these(self._connection, pauses)
 
     def resume(self, pause: Pause | None, actor: Actor) -> list[Control]:
         """None: every pause. Raises NotFoundError where it is not paused."""
         return Controls(self._schema, actor).resume(self._connection, pause)
 
-    def unprocessed(self, pause: Pause) -> tuple[int, bool]:
-        """How many changes of its type are not processed, and whether there are more."""
+    def set_limit(self, setting: LimitSetting, actor: Actor) -> SetLimit:
+        """In place of another one of the handler. Raises NotFoundError for a subscription that is not there."""
+        self._refuse_unknown(setting.subscription)
+        return LimitAdmin(self._schema, actor).set(self._connection, setting)
+
+    def clear_limit(self, handler: str | None, subscription: str | None, actor: Actor) -> list[SetLimit]:
+        """``handler`` None: all that are set. Raises NotFoundError where none is set."""
+        return LimitAdmin(self._schema, actor).clear(self._connection, handler, subscription)
+
+    def unprocessed(self, *, entity_type: str | None = None, handler: str | None = None) -> Unprocessed:
+        """How many changes are not processed: of the type, else of those that the handler gets where that is known."""
         stats = OutboxAdmin(self._schema).stats(self._connection, per_shard=_PER_SHARD, scan=_SCAN)
-        found = [each for each in stats.types if pause.entity_type in (None, each.entity_type)]
-        more = stats.more_fresh or stats.more_waiting
-        return sum(each.fresh + each.waiting for each in found), more
+        types: frozenset[str] | None = None if entity_type is None else frozenset({entity_type})
+        if types is None and handler is not None:
+            types = self._types_of(handler)
+        found = [each for each in stats.types if types is None or each.entity_type in types]
+        return Unprocessed(
+            sum(each.fresh + each.waiting for each in found), stats.more_fresh or stats.more_waiting, types
+        )
+
+    def _types_of(self, handler: str) -> frozenset[str] | None:
+        """Those it gets by name. None: not known, or all that no other one gets."""
+        if self._source.router is None or handler not in self._source.handlers:
+            return None
+        handled = self._source.router.handled_by(handler)
+        return None if handled.others else frozenset(entity_type for entity_type, _ in handled.named)
 
     def move_backfill(self, number: int, to: Literal["paused", "cancelled"], actor: Actor) -> Backfill:
         """To go on is for a command, which does the work. Raises NotFoundError, RefusedError."""
@@ -267,6 +343,10 @@ class Operations:
         found = backfills.named(self._connection, str(number))
         backfills.set_state(self._connection, found, to, ["running"] if to == "paused" else UNFINISHED)
         return backfills.named(self._connection, str(number))
+
+    def _refuse_unknown(self, subscription: str | None) -> None:
+        if subscription not in (None, DEFAULT):
+            Subscriptions(self._schema).named(self._connection, str(subscription))
 
     def _admin(self, subscription: str | None, actor: Actor | None = None) -> OutboxAdmin:
         if subscription in (None, DEFAULT):
@@ -296,11 +376,3 @@ def _work(rounds: Iterable[Round], count: int) -> Done:
         if time.monotonic() >= until:
             break
     return Done(count, done, looked_at)
-
-
-def found_pause(controls: Iterable[Control], number: int) -> Pause:
-    """The pause of this number. Raises NotFoundError."""
-    for each in controls:
-        if each.pause.id == number:
-            return each.pause
-    raise NotFoundError(f"there is no pause {number}", hint="somebody has ended it, or its time is over")

@@ -17,16 +17,15 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from cdc.contrib.ui import forms
+from cdc.contrib.ui import control_pages, forms
 from cdc.contrib.ui.access import Doors
 from cdc.contrib.ui.documents_diff import columns, text
 from cdc.contrib.ui.failures import described
 from cdc.contrib.ui.forms import Fields, one
-from cdc.contrib.ui.operations import Operations, Source, found_pause
+from cdc.contrib.ui.operations import Operations, Source
 from cdc.contrib.ui.places import read_place, written_place
 from cdc.contrib.ui.rendering import environment, style
 from cdc.core.errors import NotFoundError, UsageError
-from cdc.core.pauses import Pause
 from cdc.postgres.admin import parse_reference
 from cdc.replication.slot_health import assess
 
@@ -55,13 +54,17 @@ class Pages:
             return Response(css, media_type="text/css")
 
         reads: dict[str, Read] = {
-            "/": _overview, "/changes": self._changes, "/changes/{name}": _change, "/pauses": self._pauses,
-            "/actions": _actions, "/backfills": _backfills, "/subscriptions": _subscriptions, "/slot": _slot,
+            "/": _overview, "/changes": self._changes, "/changes/{name}": _change, "/pauses": control_pages.pauses,
+            "/limits": control_pages.limits, "/actions": _actions, "/backfills": _backfills,
+            "/subscriptions": _subscriptions, "/slot": _slot,
         }  # fmt: skip
         acts: dict[str, Act] = {
-            "/confirm": _confirm, "/decide": _decide, "/pauses/confirm": _confirm_pause, "/pauses/set": _pause,
-            "/pauses/end": _resume, "/backfills/confirm": _confirm_backfill, "/backfills/move": _move_backfill,
-            "/doctor": _doctor,
+            "/confirm": _confirm, "/decide": _decide, "/pauses/confirm": control_pages.confirm_pause,
+            "/pauses/set": control_pages.pause, "/pauses/keys": control_pages.confirm_keys,
+            "/pauses/set-keys": control_pages.pause_keys, "/pauses/end": control_pages.resume,
+            "/limits/confirm": control_pages.confirm_limit, "/limits/set": control_pages.set_limit,
+            "/limits/end": control_pages.clear_limit, "/backfills/confirm": _confirm_backfill,
+            "/backfills/move": _move_backfill, "/doctor": _doctor,
         }  # fmt: skip
         return [
             Route("/style.css", styled),
@@ -142,10 +145,6 @@ class Pages:
             "first": after is None,
         }  # fmt: skip
 
-    def _pauses(self, operations: Operations, fields: Fields, _request: Request) -> Page:
-        given = {name: value for name in ("type", "key", "handler", "subscription") if (value := one(fields, name))}
-        return "pauses.html", {"controls": operations.controls(), "given": given}
-
 
 def _overview(operations: Operations, _fields: Fields, _request: Request) -> Page:
     seen = operations.status()
@@ -161,7 +160,7 @@ def _change(operations: Operations, fields: Fields, request: Request) -> Page:
     texts = {name: text(payload[name]) for name in ("old", "new", "metadata")} if payload else {}
     return "change.html", {
         "shown": shown, "entry": shown.entry, "rows": rows, "texts": texts, "subscription": subscription,
-        "asked": asked,
+        "asked": asked, "handler": shown.handler, "held_by": operations.held_by(shown, subscription),
     }  # fmt: skip
 
 
@@ -220,36 +219,6 @@ def _carried(fields: Fields) -> list[tuple[str, str]]:
     """What the next form has to say again."""
     names = (*forms.FILTERS, "deed", "scope", "change", "state", "subscription", "latest_per_key")
     return [(name, value) for name in names for value in fields.get(name, ())]
-
-
-def _confirm_pause(operations: Operations, fields: Fields, request: Request) -> Page:
-    actor = forms.actor_of(fields, request.state.person)
-    target, for_s = forms.pause_of(fields, actor)
-    given = ("subscription", "type", "handler", "key", "for", "because")
-    counts = operations.unprocessed(target)
-    return "confirm_pause.html", {
-        "target": target, "for_s": for_s, "counts": counts, "command": actor.command,
-        "fields": [(name, value) for name in given if (value := one(fields, name)) is not None],
-    }  # fmt: skip
-
-
-def _pause(operations: Operations, fields: Fields, request: Request) -> str:
-    actor = forms.actor_of(fields, request.state.person)
-    operations.pause(*forms.pause_of(fields, actor), actor)
-    return "/pauses"
-
-
-def _resume(operations: Operations, fields: Fields, request: Request) -> Page | str:
-    target: Pause | None = None
-    if one(fields, "pause") != "all":
-        target = found_pause(operations.controls(), forms.number_of(fields, "pause", 2**62))
-    if one(fields, "because") is None:
-        return "confirm_resume.html", {
-            "target": target, "count": len(operations.controls()), "number": one(fields, "pause"),
-            "counts": operations.unprocessed(target or Pause(0)),
-        }  # fmt: skip
-    operations.resume(target, forms.actor_of(fields, request.state.person))
-    return "/pauses"
 
 
 def _backfill(operations: Operations, fields: Fields) -> Any:

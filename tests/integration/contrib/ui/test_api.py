@@ -36,7 +36,7 @@ _SAYING = {
     "/api/changes": "outbox list --state dead", "/api/changes/2": "outbox show 2",
     "/api/changes/2?payload=true": "outbox show 2 --show-payload", "/api/controls": "controls",
     "/api/actions": "actions", "/api/backfills": "backfill status", "/api/subscriptions": "subscription list",
-    "/api/status": "status",
+    "/api/status": "status", "/api/limits": "limits list",
 }  # fmt: skip
 
 
@@ -45,15 +45,16 @@ def test_it_says_what_the_commands_say(interface: str, outbox: str, outbox_db: p
     failed(outbox_db, 3)
     create(outbox, "search")
     Controls("public").pause(outbox_db, Pause(0, entity_type="mail", because="it is down", set_by="anna"))
+    answer(invoke(outbox, "limits", "set", "send", "--rate", "5/s", "--because", "busy", "--json"))
     outbox_db.execute("CREATE TABLE t (id int PRIMARY KEY)")
     answer(invoke(outbox, "track", "t", "--json"))
     answer(invoke(outbox, "backfill", "t", "--json"))
     said = answer(invoke(outbox, *_SAYING[path].split(), "--json"))
     status, found, _ = ask(interface, path)
     assert status == 200, found
-    name = "outbox" if path == "/api/status" else next(iter(said))
-    assert _without_ages(found[name]) == _without_ages(said[name])
-    assert found[name], "something is compared"
+    for name in ["outbox"] if path == "/api/status" else said:
+        assert _without_ages(found[name]) == _without_ages(said[name])
+        assert found[name], "something is compared"
 
 
 def test_changes_are_decided_about_by_name_and_by_filters(interface: str, outbox_db: psycopg.Connection) -> None:
@@ -96,7 +97,22 @@ def test_pauses_are_set_and_ended(interface: str, outbox_db: psycopg.Connection)
     assert (status, len(ended["resumed"]), ended["left"]) == (200, 1, [])
 
 
-_RETRY, _PAUSES = "/api/changes/retry", "/api/pauses"
+def test_limits_are_set_changed_and_removed(interface: str, outbox_db: psycopg.Connection) -> None:
+    for rate in ("14/s", "5/s"):
+        status, made, _ = ask(interface, "/api/limits", {"handler": "send", "rate": rate, "at_once": 50, **WHY})
+        assert (status, made["limit"]["rate"], made["limit"]["set_by"]) == (200, rate, "anna")
+    ask(interface, "/api/limits", {"handler": "other", "at_once": 1, **WHY})
+    assert [each["handler"] for each in ask(interface, "/api/controls")[1]["limits"]] == ["send", "other"]
+    assert ask(interface, "/api/limits/clear", {"handler": "none", **WHY})[0] == 404
+    status, ended, _ = ask(interface, "/api/limits/clear", {"handler": "send", **WHY})
+    assert (status, [each["rate"] for each in ended["cleared"]]) == (200, ["5/s"])
+    assert len(ask(interface, "/api/limits/clear", {"all": True, **WHY})[1]["cleared"]) == 1
+    assert [(each.action, each.via, each.because) for each in ActionLog("public").latest(outbox_db, 10)] == [
+        (action, "api", "a test") for action in ("clear limit", "clear limit", "limit", "limit", "limit")
+    ]
+
+
+_RETRY, _PAUSES, _LIMITS = "/api/changes/retry", "/api/pauses", "/api/limits"
 
 
 @pytest.mark.parametrize(("path", "body", "status"), [
@@ -104,7 +120,11 @@ _RETRY, _PAUSES = "/api/changes/retry", "/api/pauses"
     (_RETRY, {"changes": [1], "filters": {}, **WHY}, 422), (_RETRY, {"changes": [1], **WHY}, 404),
     (_RETRY, {"filters": {"handler": "x"}, **WHY}, 400), (_PAUSES, {"key": "1", **WHY}, 422),
     (_PAUSES, {"for": "soon", **WHY}, 422), (_PAUSES, {"subscription": "none", **WHY}, 404),
-    ("/api/backfills/7/pause", {**WHY}, 404),
+    ("/api/backfills/7/pause", {**WHY}, 404), (_LIMITS, {"handler": "x", **WHY}, 422),
+    (_LIMITS, {"handler": "*", "rate": "1/s", **WHY}, 422), (_LIMITS, {"handler": "x", "rate": "fast", **WHY}, 422),
+    (_LIMITS, {"handler": "x", "rate": "1/s", "by": "nothing", **WHY}, 422),
+    (_LIMITS, {"handler": "x", "rate": "1/s", "subscription": "none", **WHY}, 404),
+    ("/api/limits/clear", {**WHY}, 422), ("/api/limits/clear", {"all": True, "handler": "x", **WHY}, 422),
 ])  # fmt: skip
 def test_what_does_not_make_sense_is_refused_in_a_sentence(
     interface: str, path: str, body: dict[str, Any], status: int

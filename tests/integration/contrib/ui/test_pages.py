@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlencode
@@ -16,11 +15,10 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from cdc.core.router import Router
-from cdc.postgres import grants
 from cdc.postgres.actions import ActionLog
 from tests.fix_consumer import states
 from tests.fix_outbox import fill
-from tests.fix_ui import ask, failed, serving
+from tests.fix_ui import ask, because, failed, serving
 
 HOSTILE = '"><img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}'
 
@@ -29,11 +27,6 @@ _DEEDS = {
     "Retry": ("dead", {"dead": 3, "waiting": 1_200}), "Discard": ("dead", {"dead": 3, "processed": 1_200}),
     "Replay": ("processed", {"fresh": 1_200, "processed": 1_203}),
 }  # fmt: skip
-
-
-def because(page: Page, reason: str, button: str) -> None:
-    page.get_by_label("Why?").fill(reason)
-    page.get_by_role("button", name=button).click()
 
 
 def test_what_is_chosen_is_retried_after_a_confirmation_and_recorded(
@@ -196,23 +189,12 @@ def test_what_others_have_written_is_text_and_nothing_else(
         assert HOSTILE in page.locator("main").inner_text(), path
 
 
-@pytest.fixture
-def reader(outbox: str, outbox_db: psycopg.Connection) -> Iterator[str]:
-    """The DSN of a role that was granted --readonly."""
-    [(name,)] = outbox_db.execute("SELECT 'reader_' || current_database()").fetchall()
-    role = sql.Identifier(name)
-    outbox_db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
-    grants.grant(outbox_db, "public", [grants.reader(name)])
-    yield make_conninfo(outbox, user=name)
-    outbox_db.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
-
-
 def test_a_reader_sees_no_payload_and_no_button_and_may_do_nothing(
     reader: str, page: Page, outbox_db: psycopg.Connection
 ) -> None:
     failed(outbox_db, 1)
     with serving(reader) as address:
-        for path in ("/", "/changes", "/changes/1", "/pauses", "/backfills", "/subscriptions", "/slot", "/actions"):
+        for path in ("/", "/changes", "/changes/1", *_PAGES[4:-1]):
             page.goto(address + path)
             names = page.get_by_role("button").all_inner_texts()
             assert set(names) <= {"Search", "Examine"}, (path, names)
@@ -257,14 +239,14 @@ def test_it_works_by_the_keyboard_alone(interface: str, page: Page, outbox_db: p
 def test_on_a_phone_nothing_is_wider_than_the_screen(interface: str, page: Page, outbox_db: psycopg.Connection) -> None:
     failed(outbox_db, 3)
     page.set_viewport_size({"width": 360, "height": 740})
-    for path in ("/", "/changes", "/changes/1?payload=1", "/pauses", "/actions", "/slot"):
+    for path in ("/", "/changes", "/changes/1?payload=1", "/pauses", "/limits", "/actions", "/slot"):
         page.goto(interface + path)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
 
 
 _PAGES = (
-    "/", "/changes", "/changes?state=processed", "/changes/1?payload=1", "/pauses", "/backfills", "/subscriptions",
-    "/slot", "/actions", "/changes/none",
+    "/", "/changes", "/changes?state=processed", "/changes/1?payload=1", "/pauses", "/limits", "/backfills",
+    "/subscriptions", "/slot", "/actions", "/changes/none",
 )  # fmt: skip
 
 
