@@ -298,7 +298,7 @@ def _poller(  # noqa: PLR0917 - one of each
         asked=None
         if scope == settings.scope or settings.observe or settings.subscription != DEFAULT
         else settings.scope,
-        page=_admin(settings, subscription) if settings.http.port and settings.http.page else None,
+        types=_admin(settings, subscription) if settings.http.port else None,
         subscriptions=(lambda connection: subscriptions.figures(connection, shown, _SUBSCRIPTION_SCAN))
         if leads
         else None,

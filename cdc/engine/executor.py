@@ -188,11 +188,12 @@ class Executor:
         Raises only a cancellation and AskTheTableError: there is no outcome at all then.
         """
         if handler is None:
-            for change in changes:
-                self._metrics.handled(change.entity_type, NO_HANDLER, "skipped")
-            return {change: self._unwanted(change) for change in changes}
+            outcomes = {change: self._unwanted(change) for change in changes}
+            for change, outcome in outcomes.items():
+                self._metrics.handled(change.entity_type, NO_HANDLER, _LABELS[type(outcome)])
+            return outcomes
         failpoints.here("run.before_handler")
-        outcomes: dict[Change, Outcome] = {}
+        outcomes = {}
         batch = changes
         changes, given = self._validation.split(handler, changes, outcomes, self._calls.contexts, latest)
         if changes:

@@ -21,14 +21,16 @@ from cdc.core.model import ChangeState
 from cdc.core.pauses import Pauses
 from cdc.core.type_filter import TypeFilter
 from cdc.diagnostics.status import Outbox, Readings, SlotReading, summarize
+from cdc.observability.largest_types import LargestTypes
 from cdc.observability.snapshots import (
     OutboxStatus,
     PollerStatus,
     SlotStatus,
     SubscriptionsStatus,
     SubscriptionStatus,
+    TypeStatus,
 )
-from cdc.postgres.admin import OutboxAdmin
+from cdc.postgres.admin import OutboxAdmin, TypeStats
 from cdc.postgres.connect import Dsn, connect
 from cdc.postgres.due import DueChanges
 from cdc.postgres.loaders import read_anything
@@ -51,8 +53,8 @@ _REPORTED_MAX = 1_000
 _SUBSCRIPTIONS_MAX = 100
 """Subscriptions that figures are shown of, each a value of a label: those that are the furthest behind."""
 _REST = 50
-"""Figures for the page alone, and those of subscriptions, are read again after so many times as long as they took: at
-most 2 % of a connection each."""
+"""Figures of types, what else the page shows, and those of subscriptions are read again after so many times as long as
+they took: at most 2 % of a connection each."""
 
 
 class StatsPoller:
@@ -60,7 +62,7 @@ class StatsPoller:
 
     ``pauses``: what is paused now, and ``oldest_ready_age_s`` reads how old the oldest of the rest is.
     ``asked``: the types that the settings name, if the handlers handle fewer of them.
-    ``page``: statements that are run also, for figures that only the page shows. ``subscriptions``: reads the figures
+    ``types``: reads the figures of each entity type, and what else the page shows. ``subscriptions``: reads the figures
     of those that this consumer tells of. ``standbys_away``: called when the slot has sent nothing for about a minute,
     because it is one for failover and standbys are away.
     """
@@ -75,7 +77,7 @@ class StatsPoller:
         oldest_ready_age_s: Callable[[psycopg.Connection, Pauses], float] = lambda _, __: 0.0,
         slot: str | None,
         asked: TypeFilter | None = None,
-        page: OutboxAdmin | None = None,
+        types: OutboxAdmin | None = None,
         subscriptions: Callable[[psycopg.Connection], list[SubscriptionProgress] | None] | None = None,
         standbys_away: Callable[[], None] = lambda: None,
         supervisor: Supervisor | None = None,
@@ -86,8 +88,7 @@ class StatsPoller:
         self._figures = _Figures(store, pauses, oldest_ready_age_s)
         self._unhandled = _UnhandledTypes(store, asked) if asked is not None else None
         self._slot = _WatchedSlot(slot, standbys_away) if slot is not None else None
-        self._page = page
-        self._summarize_at = 0.0
+        self._types = _WatchedTypes(types, due) if types else None
         self._subscriptions = _WatchedSubscriptions(subscriptions) if subscriptions else None
         self._stopping = threading.Event()
         self._due = threading.Event()
@@ -103,7 +104,8 @@ class StatsPoller:
     def poll_now(self, *, everything: bool = False) -> None:
         """Poll at once, as something has changed; from any thread. ``everything``: also what is read less often."""
         if everything:
-            self._summarize_at = 0.0
+            if self._types is not None:
+                self._types.next_at = 0.0
             if self._subscriptions is not None:
                 self._subscriptions.next_at = 0.0
         self._due.set()
@@ -129,8 +131,8 @@ class StatsPoller:
                 self._collect("slot", self._read_slot, partial(self._show_slot, None))
             if self._subscriptions is not None and time.monotonic() >= self._subscriptions.next_at:
                 self._collect("subscriptions", self._read_subscriptions, partial(self._show_subscriptions, None))
-            if self._page is not None and time.monotonic() >= self._summarize_at:
-                self._collect("entity types", self._summarize, partial(self._show_types, None))
+            if self._types is not None and time.monotonic() >= self._types.next_at:
+                self._collect("entity types", self._read_types, partial(self._show_types, None))
             self._due.wait(_EVERY_S)
 
     def _collect(self, name: str, read: Callable[[psycopg.Connection], None], forget: Callable[[], None]) -> None:
@@ -161,6 +163,7 @@ class StatsPoller:
                 blocked_keys=figures.blocked_keys,
                 notify_queue_usage=figures.notify_queue_usage,
                 truncate_age_s=figures.truncate_age_s,
+                dead_age_s=figures.dead_age_s,
                 unhandled=self._unhandled.count(connection) if self._unhandled else 0,
                 due_later=due_later.count if due_later else None,
             )
@@ -193,15 +196,13 @@ class StatsPoller:
         success = {**self.status.success, "subscriptions": subscriptions is not None}
         self.status = replace(self.status, subscriptions=subscriptions, success=success)
 
-    def _summarize(self, connection: psycopg.Connection) -> None:
-        assert self._page
-        began = time.monotonic()
-        try:
-            self._show_types(summarize(connection, self._page, self._due_later))
-        finally:
-            self._summarize_at = time.monotonic() + _REST * (time.monotonic() - began)
+    def _read_types(self, connection: psycopg.Connection) -> None:
+        assert self._types
+        self._show_types(self._types.read(connection))
 
     def _show_types(self, outbox: Outbox | None) -> None:
+        assert self._types
+        self.status = replace(self.status, types=self._types.shown(outbox) if outbox else ())
         self.readings = replace(self.readings, outbox=(time.monotonic(), outbox) if outbox else None)
 
 
@@ -306,6 +307,32 @@ def _slot_status(slot: SlotReport | None) -> SlotStatus:
         catalog_xmin_age=slot.catalog_xmin_age,
         spilled_bytes=slot.spilled_bytes,
     )
+
+
+class _WatchedTypes:
+    """``next_at``: when they are to be read again."""
+
+    def __init__(self, admin: OutboxAdmin, due: DueChanges) -> None:
+        self._admin = admin
+        self._due = due
+        self._largest = LargestTypes()
+        self.next_at = 0.0
+
+    def read(self, connection: psycopg.Connection) -> Outbox:
+        began = time.monotonic()
+        try:
+            return summarize(connection, self._admin, self._due)
+        finally:
+            self.next_at = time.monotonic() + _REST * (time.monotonic() - began)
+
+    def shown(self, outbox: Outbox) -> tuple[TypeStatus, ...]:
+        """Those that are values of a label."""
+        return self._largest.of(map(_type_status, outbox.stats.types))
+
+
+def _type_status(each: TypeStats) -> TypeStatus:
+    counts = {ChangeState.FRESH: each.fresh, ChangeState.WAITING: each.waiting, ChangeState.DEAD: each.dead}
+    return TypeStatus(each.entity_type, counts)
 
 
 class _WatchedSubscriptions:

@@ -133,11 +133,19 @@ class ProcessMetrics(_Group):
         super().__init__(registry)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
-        build = self._gauge("cdc_build_info", "Versions; always 1.", "version", "python", "psycopg", "libpq")
+        build = self._gauge(
+            "cdc_build_info",
+            "Versions of cdc, Python and the database driver, as labels; always 1.",
+            "version",
+            "python",
+            "psycopg",
+            "libpq",
+        )
         build.labels(__version__, platform.python_version(), *driver).set(1)
         self._task_ends = self._counter(
             "cdc_task_ends",
-            "Unexpected ends of a task; it was restarted.",
+            "Tasks and threads of this process that ended unexpectedly and were started again. Each has a line"
+            " in the log.",
             "task",
         )
         _start(self._task_ends, TASKS)
@@ -152,7 +160,11 @@ class StreamMetrics(_Group):
         super().__init__(registry)
         self._slot = slot
         self._disconnects = self._counter(
-            "cdc_stream_disconnects", "Ends of a stream and refused starts.", "slot", "reason"
+            "cdc_stream_disconnects",
+            "How often reading the slot ended or could not begin, by the reason. slot_busy is usual: another"
+            " consumer reads it.",
+            "slot",
+            "reason",
         )
         _start(self._disconnects, (slot,), Reason)
 
@@ -164,13 +176,26 @@ class StreamMetrics(_Group):
 class WakeUpMetrics(_Group):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
-        self.received = self._count("cdc_wakeups", "Wake-ups, by what found the work.", "source")
-        self.dropped = self._counter(
-            "cdc_wakeups_dropped", "Wake-ups dropped because their queue was full; a sweep follows."
+        self.received = self._count(
+            "cdc_wakeups",
+            "Changes announced to this consumer, by what found them: wal, the slot; notify, from another"
+            " consumer; retry, a due attempt; sweep, a read of the table, which finds whatever was not"
+            " announced.",
+            "source",
         )
-        self.relayed = self._counter("cdc_relay_notifies", "NOTIFY payloads sent for consumers that do not stream.")
+        self.dropped = self._counter(
+            "cdc_wakeups_dropped",
+            "Announced changes that were dropped because this process had too many in its queue. A sweep finds them.",
+        )
+        self.relayed = self._counter(
+            "cdc_relay_notifies",
+            "NOTIFY messages that this consumer has sent, to announce changes to consumers that do not read the slot.",
+        )
         self.latency = self._distribution(
-            "cdc_wakeup_latency_seconds", "From the commit to the wake-up; two clocks, negative counts as 0.", _CALL_S
+            "cdc_wakeup_latency_seconds",
+            "From the commit of a change, by the server's clock, to its announcement, by this host's clock."
+            " Negative counts as 0.",
+            _CALL_S,
         )
         _start(self.received, SOURCES)
 
@@ -186,22 +211,43 @@ class OutboxMetrics(_Group):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
         self.fetch_duration = self._distribution(
-            "cdc_fetch_duration_seconds", "One fetch of changes by number.", _CALL_S
+            "cdc_fetch_duration_seconds", "How long one read of announced changes from entity_changes took.", _CALL_S
         )
-        self.fetch_changes = self._distribution("cdc_fetch_changes", "Changes in one fetch.", _BATCH)
+        self.fetch_changes = self._distribution(
+            "cdc_fetch_changes", "How many changes one read from entity_changes returned.", _BATCH
+        )
         self.visibility_retries = self._counter(
-            "cdc_visibility_retries", "Changes that were not visible when first read, by how it ended.", "result"
+            "cdc_visibility_retries",
+            "Announced changes that could not be seen in the table at the first read: found a moment later, or"
+            " left to the next sweep.",
+            "result",
         )
-        self.settle_duration = self._distribution("cdc_settle_duration_seconds", "One batched settle.", _CALL_S)
-        self.settle_changes = self._distribution("cdc_settle_changes", "Changes in one settle.", _BATCH)
-        self.settle_skipped = self._counter("cdc_settle_skipped", "Changes that another session had settled.")
+        self.settle_duration = self._distribution(
+            "cdc_settle_duration_seconds",
+            "How long one statement took that marks changes in entity_changes: processed, waiting or dead.",
+            _CALL_S,
+        )
+        self.settle_changes = self._distribution(
+            "cdc_settle_changes", "How many changes one such statement, a settle, marked.", _BATCH
+        )
+        self.settle_skipped = self._counter(
+            "cdc_settle_skipped",
+            "Changes that were handled here and that another session had marked before. Look into it, unless a"
+            " session was lost just then.",
+        )
         self.settle_delayed = self._counter(
-            "cdc_settle_delayed", "Marks that a lock or a full disk delayed, by attempt."
+            "cdc_settle_delayed",
+            "Marks of handled changes that a lock or a full disk delayed; each attempt to write one counts.",
         )
         self.rows_refused = self._counter(
-            "cdc_rows_refused", "Changes that the database would not mark or hand over; now dead letters.", "step"
+            "cdc_rows_refused",
+            "Changes that the database refused to hand over (read) or to mark (mark); each is a dead letter"
+            " now, whose last_error says why.",
+            "step",
         )
-        self.pruned = self._counter("cdc_outbox_pruned", "Processed changes that retention has removed.")
+        self.pruned = self._counter(
+            "cdc_outbox_pruned", "Processed changes that retention has removed from entity_changes."
+        )
         _start(self.visibility_retries, ("found", "left_to_sweep"))
         _start(self.rows_refused, REFUSALS)
 
@@ -210,9 +256,16 @@ class ConsumerMetrics(_Group):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
         self.shard_moves = self._counter(
-            "cdc_shard_moves", "Shards acquired and released; lost means with the session.", "direction"
+            "cdc_shard_moves",
+            "Shards that this consumer has acquired, released to another one, or lost with its database session.",
+            "direction",
         )
-        self.interruptions = self._counter("cdc_interruptions", "Times that the consumer reconnected.", "reason")
+        self.interruptions = self._counter(
+            "cdc_interruptions",
+            "How often this consumer stopped and connected again: it lost the server (connection), or a"
+            " statement failed.",
+            "reason",
+        )
         _start(self.shard_moves, ("acquired", "released", "lost"))
         _start(self.interruptions, INTERRUPTIONS)
 
@@ -224,13 +277,30 @@ class HandlerMetrics(_Group):
         super().__init__(registry)
         self._label = _labels(router).get
         self._attempts = self._count(
-            "cdc_changes_handled", "Attempts, by how they ended.", "entity_type", "handler", "outcome"
+            "cdc_changes_handled",
+            "Attempts at changes, by how they ended. skipped: no handler of the type names the operation;"
+            " discarded: by the handler, or its type is ignored; interrupted: will run again.",
+            "entity_type",
+            "handler",
+            "outcome",
         )
-        self._errors = self._count("cdc_handler_errors", "Attempts that failed.", "handler", "kind")
-        durations = self._histogram("cdc_handler_duration_seconds", "Run time of a handler.", _HANDLER_S, "handler")
+        self._errors = self._count(
+            "cdc_handler_errors",
+            "Attempts that failed, by kind: exception, timeout, validation against the model, crash of the"
+            " process, depth of the chain of causes, rejected by the handler, lost with its session.",
+            "handler",
+            "kind",
+        )
+        durations = self._histogram(
+            "cdc_handler_duration_seconds",
+            "How long one call of a handler took, whether it worked or failed.",
+            _HANDLER_S,
+            "handler",
+        )
         self._latency = self._histogram(
             "cdc_change_latency_seconds",
-            "From the writer's transaction to processed, by the database's clock.",
+            "From the beginning of the transaction that wrote a change to its mark as processed, both by the"
+            " server's clock.",
             _CHANGE_S,
             "entity_type",
         )
@@ -241,7 +311,7 @@ class HandlerMetrics(_Group):
         handlers, types = _names(router), (*sorted(router.entity_types), OTHER)
         for entity_type, handler in _routes(router):
             _start(self._attempts, (entity_type,), (handler,), OUTCOMES)
-        _start(self._attempts, types, (NO_HANDLER,), ("skipped",))
+        _start(self._attempts, types, (NO_HANDLER,), ("discarded", "skipped"))
         _start(self._errors, handlers, ERROR_KINDS)
         _start(durations, handlers)
         _start(self._latency, types)
@@ -271,7 +341,10 @@ class DeliveryMetrics(_Group):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
         requests = self._counter(
-            "cdc_delivery_requests", "Requests to an application or messages to a broker, by how they ended.", "result"
+            "cdc_delivery_requests",
+            "Requests to the application, or messages to a broker, by how they ended: an HTTP status,"
+            " acknowledged or refused, no answer in time, broken off, or not reached.",
+            "result",
         )
         _start(requests, (*REQUESTS, *MESSAGES[:2]))
         self._ended = cache(requests.labels)
@@ -288,17 +361,19 @@ class ShadowMetrics(_Group):
         super().__init__(registry)
         self._label = _labels(router).get
         self._changes = self._counter(
-            "cdc_observed_changes", "Changes seen in shadow mode, by the handler that would have run.",
+            "cdc_observed_changes",
+            "Changes seen in shadow mode, by the handler that would have run. It runs nothing and marks nothing.",
             "entity_type", "handler",
         )  # fmt: skip
         self._invalid = self._counter(
             "cdc_observed_invalid",
-            "Changes seen in shadow mode that fail at their handler's model or filter.",
+            "Changes seen in shadow mode that do not fit their handler's model, or on which its filter fails.",
             "handler",
         )  # fmt: skip
         self._latency = self._histogram(
             "cdc_observed_latency_seconds",
-            "As cdc_change_latency_seconds, for changes that another program marked processed.",
+            "In shadow mode: from the beginning of the transaction that wrote a change to its mark as processed"
+            " by another program, by the server's clock.",
             _CHANGE_S,
             "entity_type",
         )

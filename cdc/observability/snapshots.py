@@ -143,7 +143,7 @@ class OutboxStatus:
 
     ``unhandled``: fresh changes of types that this consumer's settings name and none of its handlers handles.
     ``due_later``: events that are not published yet; None: not known. ``truncate_age_s``: for how long a TRUNCATE has
-    held back its type.
+    held back its type. ``dead_age_s``: how long the oldest dead letter has been dead; 0: there is none.
     """
 
     changes: Mapping[ChangeState, int]
@@ -155,6 +155,15 @@ class OutboxStatus:
     unhandled: int = 0
     due_later: int | None = None
     truncate_age_s: float = 0.0
+    dead_age_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TypeStatus:
+    """The unprocessed changes of an entity type, by state; counts end at a bound."""
+
+    name: str
+    changes: Mapping[ChangeState, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,11 +190,13 @@ class SubscriptionsStatus:
 class PollerStatus:
     """The latest figures from the database. A part that could not be read is None, and False in ``success``.
 
-    ``subscriptions`` is None, too, where the role may not see them.
+    ``subscriptions`` is None, too, where the role may not see them. ``types``: those of the outbox with the most
+    unprocessed changes; none where they could not be read.
     """
 
     last_iteration_at: float | None = None
     outbox: OutboxStatus | None = None
+    types: tuple[TypeStatus, ...] = ()
     slot: SlotStatus | None = None
     slot_waits_for_standbys: bool = False
     subscriptions: SubscriptionsStatus | None = None

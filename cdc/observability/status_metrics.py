@@ -42,89 +42,257 @@ def _counter(name: str, text: str, *labels: str) -> Callable[[], _Family]:
 
 
 _FAMILIES = (
-    _gauge("cdc_role", "Where this consumer's wake-ups come from; 1 for its role.", "role"),
-    _gauge("cdc_loop_last_iteration_timestamp_seconds", "When each loop last began an iteration.", "loop"),
-    _gauge("cdc_collector_success", "1 if the last reading of these figures worked.", "collector"),
-    _gauge("cdc_stream_connected", "1 while this process reads the slot.", "slot"),
-    _gauge("cdc_stream_unavailable", "Why it does not; 1 for the reason.", "reason"),
-    _gauge("cdc_stream_last_byte_timestamp_seconds", "When the server last sent a byte, keepalives included.", "slot"),
-    _counter("cdc_stream_messages", "Messages read from the stream.", "slot", "kind"),
-    _counter("cdc_stream_received_bytes", "Bytes read from the stream.", "slot"),
-    _counter("cdc_stream_slot_recreations", "Slots recreated because they were lost or could not be read.", "slot"),
-    _gauge("cdc_wakeup_queue_length", "Wake-ups that wait to be fetched."),
-    _gauge("cdc_window_changes", "Changes in memory.", "state"),
-    _gauge("cdc_window_capacity", "Changes that memory may hold."),
-    _gauge("cdc_window_throttled_types", "Entity types that are at their limit of the window and have a backlog."),
+    _gauge(
+        "cdc_role",
+        "1 for the role of this consumer: streaming reads the slot, standby is woken by the one that does,"
+        " sweeping reads the table at intervals as nobody streams, observing is shadow mode.",
+        "role",
+    ),
+    _gauge(
+        "cdc_loop_last_iteration_timestamp_seconds",
+        "When each loop of this process last began an iteration, in seconds of the epoch. Older than 2"
+        " minutes: the loop is stuck, mostly in an async handler that blocks.",
+        "loop",
+    ),
+    _gauge(
+        "cdc_collector_success",
+        "1 if the last reading of these figures from the database worked, 0 if not. At 0 the metrics of"
+        " that name are missing; the log says why.",
+        "collector",
+    ),
+    _gauge(
+        "cdc_stream_connected",
+        "1 while this process reads the slot. One consumer of a slot does; with 0 everywhere, changes are"
+        " found by sweeping.",
+        "slot",
+    ),
+    _gauge(
+        "cdc_stream_unavailable",
+        "Why this process does not read the slot; 1 for the reason that holds. Reasons other than disabled,"
+        " slot_busy and network do not end by themselves: see cdc doctor.",
+        "reason",
+    ),
+    _gauge(
+        "cdc_stream_last_byte_timestamp_seconds",
+        "When the server last sent a byte on the replication connection, keepalives included, in seconds of"
+        " the epoch. While connected, more than 90 s ago is a dead link.",
+        "slot",
+    ),
+    _counter(
+        "cdc_stream_messages",
+        "Messages read from the replication connection: changes of the outbox, and keepalives.",
+        "slot",
+        "kind",
+    ),
+    _counter("cdc_stream_received_bytes", "Bytes read from the replication connection.", "slot"),
+    _counter(
+        "cdc_stream_slot_recreations",
+        "Replication slots that this process has created again, because the old one was lost or could not be"
+        " read. It costs latency, and no change.",
+        "slot",
+    ),
+    _gauge(
+        "cdc_wakeup_queue_length",
+        "Numbers of changes that were announced and wait to be read from the table, in this process.",
+    ),
+    _gauge(
+        "cdc_window_changes",
+        "Changes in the memory of this process: running in a handler, queued for one, or settling, which is"
+        " waiting to be marked.",
+        "state",
+    ),
+    _gauge(
+        "cdc_window_capacity",
+        "Changes that the memory of this process may hold (the setting window). Whatever is beyond it waits"
+        " in the table.",
+    ),
+    _gauge(
+        "cdc_window_throttled_types",
+        "Entity types that have a backlog and as much of this process's memory as one type may take, so"
+        " that others have room.",
+    ),
     _gauge(
         "cdc_paused",
-        "Pauses in force (cdc pause), by what they are about: everything, a type, a handler or a key.",
+        "Pauses in force, by what they are about: everything, a type, a handler or a key. cdc controls says"
+        " whose and why; cdc resume ends them.",
         "scope",
         "name",
     ),
     _gauge(
         "cdc_limit_leased",
-        "What this consumer has leased of a handler's limit over all consumers: permits, each for a call, and slots,"
-        " each for a call that runs.",
+        "What this consumer has leased of a handler's limit over all consumers: permits, each for one call,"
+        " and slots, each for one call that runs.",
         "handler",
         "what",
     ),
-    _gauge("cdc_limit_put_off_keys", "Keys whose next change waits in the table for its handler's limit.", "handler"),
     _gauge(
-        "cdc_limit_waiting_seconds",
-        "For how long a handler, or a key of its limit, has had work and made no call because of its limit.",
+        "cdc_limit_put_off_keys",
+        "Keys whose next change waits in the table because its handler is at its limit, as far as this"
+        " consumer has read.",
         "handler",
     ),
-    _gauge("cdc_pause_age_seconds", "Age of the oldest pause that has no end; 0 if there is none."),
-    _gauge("cdc_shards", "Number of shards; 0 in shadow mode."),
-    _gauge("cdc_shards_owned", "Shards this consumer owns."),
-    _gauge("cdc_members", "Live consumers, as this one counts them."),
-    _gauge("cdc_transaction_connections", "Connections of transactional handlers.", "kind", "state"),
-    _gauge("cdc_transaction_waiting", "Transactional handlers that wait for a connection.", "kind"),
+    _gauge(
+        "cdc_limit_waiting_seconds",
+        "For how long a handler, or a key of its limit, has had work and made no call because of its limit."
+        " cdc limits list says what it is.",
+        "handler",
+    ),
+    _gauge(
+        "cdc_pause_age_seconds",
+        "Age of the oldest pause that has no end; 0 if there is none. cdc controls says whose it is; cdc"
+        " resume ends it.",
+    ),
+    _gauge("cdc_shards", "Shards of the outbox, into which keys are divided: 64; 0 in shadow mode, which owns none."),
+    _gauge(
+        "cdc_shards_owned",
+        "Shards that this consumer owns, and whose changes it handles. Over all consumers of a database the"
+        " sum is cdc_shards; fewer wait for an owner.",
+    ),
+    _gauge("cdc_members", "Consumers that are alive and share the shards, as this one counts them in the database."),
+    _gauge(
+        "cdc_transaction_connections",
+        "Connections of this process to the database for handlers that write in a transaction, by kind of"
+        " handler, busy or idle.",
+        "kind",
+        "state",
+    ),
+    _gauge(
+        "cdc_transaction_waiting",
+        "Transactional handlers that wait for a connection to the database. More than 0 for long: raise the"
+        " setting transactions.",
+        "kind",
+    ),
     _gauge(
         "cdc_handler_breaker",
-        "State of a handler's circuit breaker; 1 for the one it is in.",
+        "State of a handler's circuit breaker; 1 for the state it is in. open: what the handler needs is"
+        " away, so it rests; half_open: one call tries whether it is back.",
         "handler",
         "state",
     ),
-    _gauge("cdc_slot_present", "1 if the slot exists.", "slot"),
-    _gauge("cdc_slot_active", "1 if a consumer reads the slot.", "slot"),
-    _gauge("cdc_slot_wal_status", "State of the slot's WAL; 1 for the one it is in.", "slot", "wal_status"),
-    _gauge("cdc_slot_retained_wal_bytes", "WAL the server keeps for the slot.", "slot"),
-    _gauge("cdc_slot_confirmed_lag_bytes", "WAL the reader has not confirmed.", "slot"),
-    _gauge("cdc_slot_safe_wal_bytes", "WAL that may be written before the slot is lost.", "slot"),
-    _gauge("cdc_slot_catalog_xmin_age_transactions", "How far the slot holds back vacuum of the catalogs.", "slot"),
-    _counter("cdc_slot_spilled_bytes", "Bytes that decoding wrote to disk.", "slot"),
-    _gauge("cdc_outbox_changes", "Unprocessed changes, counted up to a bound.", "state"),
-    _gauge("cdc_outbox_oldest_ready_age_seconds", "Age of the oldest change that could run now; 0 if none."),
-    _gauge("cdc_outbox_truncate_age_seconds", "How long a TRUNCATE has held back its type; 0 if none does."),
-    _gauge("cdc_outbox_table_bytes", "Size of entity_changes with indexes and TOAST."),
-    _gauge("cdc_outbox_dead_tuples", "Row versions of entity_changes that vacuum has not removed."),
-    _gauge("cdc_outbox_blocked_keys", "Keys blocked by a waiting change or a pausing dead letter, up to a bound."),
+    _gauge("cdc_slot_present", "1 if the replication slot exists on the server.", "slot"),
+    _gauge("cdc_slot_active", "1 if a session reads the replication slot, of whatever consumer.", "slot"),
     _gauge(
-        "cdc_outbox_unhandled_changes", "Fresh changes of types that no handler of this consumer wants, up to a bound."
+        "cdc_slot_wal_status",
+        "Whether the server still has the WAL that the replication slot needs; 1 for the state it is in."
+        " unreserved: about to be lost; lost: create it again.",
+        "slot",
+        "wal_status",
     ),
-    _gauge("cdc_outbox_due_later_changes", "Events that are due later, up to a bound."),
+    _gauge(
+        "cdc_slot_retained_wal_bytes",
+        "WAL that the server keeps on its disk for the replication slot. It grows while nobody reads the"
+        " slot, or a write transaction stays open.",
+        "slot",
+    ),
+    _gauge(
+        "cdc_slot_confirmed_lag_bytes",
+        "WAL written since the position that the reader of the replication slot has confirmed.",
+        "slot",
+    ),
+    _gauge(
+        "cdc_slot_safe_wal_bytes",
+        "WAL that may still be written before the server drops what the replication slot needs"
+        " (max_slot_wal_keep_size).",
+        "slot",
+    ),
+    _gauge(
+        "cdc_slot_catalog_xmin_age_transactions",
+        "How many transactions ago the replication slot began to hold back vacuum of the system catalogs.",
+        "slot",
+    ),
+    _counter(
+        "cdc_slot_spilled_bytes",
+        "Bytes of large transactions that the server has written to disk while decoding for the replication"
+        " slot: above logical_decoding_work_mem.",
+        "slot",
+    ),
+    _gauge(
+        "cdc_outbox_changes",
+        "Changes in entity_changes that are not processed: fresh, not tried yet; waiting for their next"
+        " attempt; dead, for an operator's decision. Counts end at 10001, which means more.",
+        "state",
+    ),
+    _gauge(
+        "cdc_outbox_type_changes",
+        "As cdc_outbox_changes, by entity type: the 20 with the most by name, the sum of the others as"
+        " other. Counts end at 200 fresh changes a shard, 10000 of each other state.",
+        "entity_type",
+        "state",
+    ),
+    _gauge(
+        "cdc_outbox_oldest_ready_age_seconds",
+        "Age of the oldest change in entity_changes that could run now and does not; 0 if there is none."
+        " Not among them: what is paused, or waits behind another.",
+    ),
+    _gauge(
+        "cdc_outbox_truncate_age_seconds",
+        "For how long a captured TRUNCATE or change of columns has held back later changes of its type; 0"
+        " if none does. cdc doctor says what it waits for.",
+    ),
+    _gauge(
+        "cdc_outbox_dead_age_seconds",
+        "For how long the oldest dead letter has waited for a decision, cdc outbox retry or discard; 0 if"
+        " there is none.",
+    ),
+    _gauge("cdc_outbox_table_bytes", "Size of the table entity_changes on disk, with its indexes and TOAST."),
+    _gauge(
+        "cdc_outbox_dead_tuples",
+        "Row versions in entity_changes that vacuum has not removed yet, as the server estimates. Rising"
+        " for hours: something holds vacuum back.",
+    ),
+    _gauge(
+        "cdc_outbox_blocked_keys",
+        "Keys whose later changes wait behind one that waits for its next attempt, or behind a dead letter"
+        " that pauses its key. Counts end at 10001.",
+    ),
+    _gauge(
+        "cdc_outbox_unhandled_changes",
+        "Fresh changes of types that no handler of this consumer wants, so that they stay. Write a handler,"
+        " router.ignore() the type, or leave it to another consumer.",
+    ),
+    _gauge(
+        "cdc_outbox_due_later_changes",
+        "Events published for a later time, which are no changes yet. Counts end at 10001.",
+    ),
     _gauge("cdc_subscriptions", "Subscriptions of the outbox beside the default one."),
     _gauge(
         "cdc_subscription_changes",
-        "Changes that a subscription has not done, up to a bound; fresh: neither waiting nor dead in it.",
+        "Changes that a subscription has not done: fresh, not tried yet in it; waiting for their next"
+        " attempt; dead. Counts end at a bound, so there may be more.",
         "subscription",
         "state",
     ),
     _gauge(
-        "cdc_subscription_oldest_age_seconds", "Age of its oldest fresh change; 0 if there is none.", "subscription"
+        "cdc_subscription_oldest_age_seconds",
+        "Age of the oldest fresh change of a subscription; 0 if there is none.",
+        "subscription",
     ),
     _gauge(
         "cdc_subscription_held_back_changes",
-        "Changes that the default subscription has processed and this one has not done, up to a bound: retention keeps"
-        " them.",
+        "Processed changes that retention may not remove yet, because this subscription has not done them."
+        " Counts end at a bound.",
         "subscription",
     ),
-    _gauge("cdc_subscription_paused", "1 while it is paused.", "subscription"),
-    _gauge("cdc_subscription_consumers", "Its live consumers.", "subscription"),
-    _gauge("cdc_notify_queue_usage_ratio", "How full the server's queue of notifications is."),
+    _gauge(
+        "cdc_subscription_paused",
+        "1 while the whole subscription is paused: cdc resume --subscription NAME ends it.",
+        "subscription",
+    ),
+    _gauge(
+        "cdc_subscription_consumers",
+        "Live consumers of a subscription. At 0 its changes wait, and retention keeps them.",
+        "subscription",
+    ),
+    _gauge(
+        "cdc_notify_queue_usage_ratio",
+        "How full the server's queue of notifications is, from 0 to 1. When it is full, commits that notify"
+        " fail; a session that listens in an open transaction fills it.",
+    ),
 )
-_DELIVERY = _gauge("cdc_delivery_up", "1 while the application is there, 0 while changes wait for it.")
+_DELIVERY = _gauge(
+    "cdc_delivery_up",
+    "1 while the application or the broker that changes are delivered to is there, 0 while changes wait for it.",
+)
 
 
 class StatusMetrics(Collector):
@@ -172,6 +340,9 @@ class StatusMetrics(Collector):
         yield from _of_slot(self._slot, status.poller)
         if status.poller.outbox:
             yield from _of_outbox(status.poller.outbox)
+        for each in status.poller.types:
+            for state in OUTBOX_STATES:
+                yield "cdc_outbox_type_changes", (each.name, state.value), each.changes.get(state, 0)
         if status.poller.subscriptions:
             yield from _of_subscriptions(status.poller.subscriptions)
         if self._delivery is not None:
@@ -266,6 +437,7 @@ def _of_outbox(outbox: OutboxStatus) -> Iterator[_Sample]:
         yield "cdc_outbox_changes", (state.value,), outbox.changes.get(state, 0)
     yield "cdc_outbox_oldest_ready_age_seconds", (), outbox.oldest_ready_age_s
     yield "cdc_outbox_truncate_age_seconds", (), outbox.truncate_age_s
+    yield "cdc_outbox_dead_age_seconds", (), outbox.dead_age_s
     yield "cdc_outbox_table_bytes", (), outbox.table_bytes
     yield "cdc_outbox_dead_tuples", (), outbox.dead_tuples
     yield "cdc_outbox_blocked_keys", (), outbox.blocked_keys

@@ -591,7 +591,9 @@ SELECT
    FROM (SELECT coalesce(w.entity_type, w.table_name) AS entity_type, w.entity_id FROM {changes} AS w
          WHERE {holds} LIMIT %(bound)s) AS k)::int AS blocked_keys,
   pg_notification_queue_usage() AS notify_queue_usage,
-  {truncate_age} AS truncate_age_s
+  {truncate_age} AS truncate_age_s,
+  coalesce((SELECT extract(epoch FROM now() - min(dead_at))::float8 FROM {changes}
+            WHERE NOT processed AND dead_at IS NOT NULL AND dead_at > '-infinity' AND dead_at < 'infinity'), 0) AS dead_age_s
 
 -- name: outside
 -- The types of the first fresh changes of each shard that no handler here wants, with their numbers.
@@ -650,4 +652,9 @@ SELECT
          WHERE {holds} LIMIT %(bound)s) AS k
    WHERE (k.entity_type = ANY (%(types)s::text[])) = %(among)s)::int AS blocked_keys,
   pg_notification_queue_usage() AS notify_queue_usage,
-  {truncate_age} AS truncate_age_s
+  {truncate_age} AS truncate_age_s,
+  coalesce((SELECT extract(epoch FROM now() - min(d.dead_at))::float8 FROM (
+     SELECT coalesce(entity_type, table_name) AS type, dead_at FROM {changes}
+     WHERE NOT processed AND dead_at IS NOT NULL AND dead_at > '-infinity' AND dead_at < 'infinity'
+     ORDER BY dead_at LIMIT %(bound)s
+   ) AS d WHERE (d.type = ANY (%(types)s::text[])) = %(among)s), 0) AS dead_age_s

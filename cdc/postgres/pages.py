@@ -84,6 +84,7 @@ class Figures:
 
     ``blocked_keys``: keys with a waiting change, or a dead letter that pauses. ``notify_queue_usage``: of the whole
     server, 0 to 1. ``truncate_age_s``: for how long a TRUNCATE has held back its type, of which nothing could run.
+    ``dead_age_s``: how long the oldest dead letter has been dead.
     """
 
     fresh: int
@@ -95,6 +96,7 @@ class Figures:
     blocked_keys: int
     notify_queue_usage: float
     truncate_age_s: float
+    dead_age_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -642,4 +642,7 @@ SELECT
      WHERE w.subscription = %(subscription)s::smallint AND w.next_attempt_at <= 'infinity' AND {holds} LIMIT %(bound)s) AS k)::int AS blocked_keys,
   pg_notification_queue_usage() AS notify_queue_usage,
   coalesce((SELECT extract(epoch FROM now() - min(b.changed_at) FILTER (WHERE isfinite(b.changed_at)))::float8
-            FROM standing AS b), 0) AS truncate_age_s
+            FROM standing AS b), 0) AS truncate_age_s,
+  coalesce((SELECT extract(epoch FROM now() - min(dead_at))::float8 FROM {subscription_changes}
+            WHERE subscription = %(subscription)s::smallint AND dead_at IS NOT NULL
+              AND dead_at > '-infinity' AND dead_at < 'infinity'), 0) AS dead_age_s

@@ -22,6 +22,11 @@ async def bad(change: cdc.Change) -> None:
     raise ValueError("it always fails")
 
 
+@router.on("removed", "DELETE")
+async def remove(change: cdc.Change) -> None:
+    pass
+
+
 @router.on("endless", timeout=None)
 async def endless(change: cdc.Change) -> None:
     await asyncio.Event().wait()

@@ -130,7 +130,13 @@ def test_handlers_that_fail_and_what_they_leave_behind(scene: Scene) -> None:
 
     scene.fires("CdcHandlerFailing", work, job="well", handler="bad")
     scene.fires("CdcDeadChanges", job="well")
+    scene.dbs["well"].execute("UPDATE entity_changes SET dead_at = dead_at - interval '25 hours' WHERE NOT processed")
     scene.fires("CdcDeadChangesLeft", job="well")
+
+
+def test_an_operation_that_no_handler_of_its_type_names(scene: Scene) -> None:
+    scene.publish("well", "removed")
+    scene.fires("CdcChangesSkipped", job="well", entity_type="removed")
 
 
 def test_changes_that_no_handler_wants(scene: Scene) -> None:

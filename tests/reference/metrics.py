@@ -8,7 +8,9 @@ from functools import cache
 from prometheus_client import Metric
 
 from cdc.core.model import Change
+from cdc.core.pauses import Pause
 from cdc.core.router import Router
+from cdc.observability.largest_types import LARGEST, NAMES_MAX
 from cdc.observability.metrics import NO_HANDLER, OTHER, Metrics
 from cdc.observability.snapshots import (
     BreakerStatus,
@@ -22,6 +24,7 @@ from cdc.observability.snapshots import (
     StreamStatus,
     SubscriptionsStatus,
     SubscriptionStatus,
+    TypeStatus,
 )
 from cdc.observability.status_metrics import StatusMetrics
 from tests.reference.markdown import WRITTEN, code, table
@@ -35,10 +38,11 @@ Which question each answers is in [monitoring](../operations/monitoring.md#metri
 Label values come from closed sets, and where they are known beforehand they are listed. `SLOT` is the configured name
 of the slot, `HANDLER` the name of a handler, `SUBSCRIPTION` that of a subscription beside the default one (the 100 that
 are furthest behind), `TYPE` an entity type that a rule names; all other types are `{other}`,
-and a change without a handler has `{none}`. Prometheus adds `job` and `instance`. Counters and states are there from
-the start, as 0; timestamps and the figures of the database when they have a value. Those of slot and outbox are read
-every 15 seconds, never in a scrape, and vanish when they cannot be read. Those of delivery are there where something is
-delivered.
+and a change without a handler has `{none}`. Of `cdc_outbox_type_changes` it is one of the {largest} types with the most
+unprocessed changes, and a process shows {names} names in its life. Prometheus adds `job` and `instance`. Counters and
+states are there from the start, as 0; timestamps and the figures of the database when they have a value. Those of slot
+and outbox are read every 15 seconds, never in a scrape, and vanish when they cannot be read. Those of delivery are
+there where something is delivered.
 """
 _GROUPS = {
     "Slot": ("cdc_slot_",),
@@ -69,12 +73,14 @@ def everything() -> list[Metric]:
     now = 1.0
     status = ProcessStatus(
         consumer=ConsumerStatus(
-            last_iteration=dict.fromkeys(("consumer", "shards", "settle"), now), limits={"HANDLER": LimitStatus()}
+            last_iteration=dict.fromkeys(("consumer", "shards", "settle"), now), limits={"HANDLER": LimitStatus()},
+            pauses=[Pause(1, entity_type="TYPE"), Pause(2, handler="HANDLER")],
         ),
         stream=StreamStatus(loop_last_iteration=now, last_byte_monotonic=now),
         poller=PollerStatus(
             last_iteration_at=now,
             outbox=OutboxStatus(changes={}, oldest_ready_age_s=0, table_bytes=1, dead_tuples=1),
+            types=(TypeStatus("TYPE", {}), TypeStatus(OTHER, {})),
             slot=SlotStatus(
                 present=True, wal_status="reserved", retained_wal_bytes=1, confirmed_lag_bytes=1, safe_wal_bytes=1,
                 catalog_xmin_age=1, spilled_bytes=1,
@@ -86,14 +92,14 @@ def everything() -> list[Metric]:
         pools=dict.fromkeys(("async", "sync"), PoolStatus()),
         breakers={"HANDLER": BreakerStatus()},
     )  # fmt: skip
-    metrics.registry.register(StatusMetrics("SLOT", lambda: status, delivery="HANDLER"))
+    metrics.registry.register(StatusMetrics("SLOT", lambda: status, delivery="HANDLER", names=("TYPE", "HANDLER")))
     metrics.shadow.saw("TYPE", "HANDLER")
     metrics.shadow.others_took("TYPE", 1)
     return list(metrics.registry.collect())
 
 
 def page() -> str:
-    head = _HEAD.format(written=WRITTEN, other=OTHER, none=NO_HANDLER)
+    head = _HEAD.format(written=WRITTEN, other=OTHER, none=NO_HANDLER, largest=LARGEST, names=NAMES_MAX)
     return head + "".join(f"\n## {title}\n\n{_table(metrics)}" for title, metrics in _grouped())
 
 
@@ -118,8 +124,8 @@ def _labels(metric: Metric) -> str:
     values: dict[str, list[str]] = {}
     for sample in metric.samples:
         for label, value in sample.labels.items():
-            if label != "le" and value not in values.setdefault(label, []):
-                values[label].append(value)
+            if label != "le" and (value or "empty") not in values.setdefault(label, []):
+                values[label].append(value or "empty")
     if metric.name.startswith(("cdc_build", "python_")):  # of this machine
         return ", ".join(f"`{label}`" for label in values)
     return "; ".join(f"`{label}`: {', '.join(found)}" for label, found in values.items())

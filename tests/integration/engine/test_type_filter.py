@@ -110,7 +110,7 @@ def test_the_figures_of_the_outbox_are_those_of_the_types_that_are_ours(outbox_d
     outbox_db.execute(_MANY, ["k", 100])
     outbox_db.execute("UPDATE entity_changes SET changed_at = now() - interval '1 day'")
     outbox_db.execute("UPDATE entity_changes SET next_attempt_at = now() WHERE seq BETWEEN 1 AND 10")
-    outbox_db.execute("UPDATE entity_changes SET dead_at = now() WHERE seq BETWEEN 11 AND 20")
+    outbox_db.execute("UPDATE entity_changes SET dead_at = now() - interval '1 day' WHERE seq BETWEEN 11 AND 20")
     for key in range(3):
         outbox_db.execute(_PUBLISH, ["new", str(key)])
     outbox_db.execute("UPDATE entity_changes SET dead_at = now() WHERE entity_type = 'new' AND entity_id = '0'")
@@ -118,8 +118,10 @@ def test_the_figures_of_the_outbox_are_those_of_the_types_that_are_ours(outbox_d
         ours = Store("public", scope=scope).figures(outbox_db)
         assert (ours.fresh, ours.waiting, ours.dead, ours.blocked_keys) == (2, 0, 1, 0)
         assert 0 < ours.oldest_ready_age_s < 3600
+        assert 0 < ours.dead_age_s < 3600
     all_of_it = Store("public").figures(outbox_db)
     assert (all_of_it.fresh, all_of_it.waiting, all_of_it.dead) == (82, 10, 11)
+    assert 86_400 <= all_of_it.dead_age_s < 90_000
 
 
 async def test_constant_wake_ups_do_not_keep_a_sweep_from_getting_beyond_the_others(

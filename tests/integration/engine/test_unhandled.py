@@ -70,8 +70,10 @@ async def test_what_is_ignored_is_discarded_and_says_so(outbox: str, outbox_db: 
     router.ignore("noise", "more")
     for each in ("order", "noise", "more", "unknown"):
         _publish(outbox_db, each, 1)
-    async with consuming(outbox, router, stream=False, poll_interval=0.05):
+    async with consuming(outbox, router, stream=False, poll_interval=0.05) as app:
         await _left(outbox_db, {"unknown": 1})
+        assert metric(app.metrics.registry, "cdc_changes_handled_total", handler="none", outcome="discarded") == 2
+        assert metric(app.metrics.registry, "cdc_changes_handled_total", outcome="skipped") == 0
     ignored = "discarded: no handler wants it, for the router ignores its type"
     assert outbox_db.execute(_OUTCOMES).fetchall() == [
         ("order", True, None), ("noise", True, ignored), ("more", True, ignored), ("unknown", False, None)

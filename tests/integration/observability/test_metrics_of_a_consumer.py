@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import psycopg
 import pytest
 from prometheus_client import generate_latest
 
+from cdc.contrib.demo.temp_server import free_port
 from cdc.core.model import Change
 from cdc.core.router import Router
 from tests.commands import done
@@ -80,6 +82,47 @@ async def test_a_consumer_of_the_default_subscription_tells_of_all_others(
         assert (value("paused"), value("consumers")) == (0, 0)
         assert metric(app.metrics.registry, "cdc_subscription_paused", subscription="audit") == 1
         assert metric(app.metrics.registry, "cdc_collector_success", collector="subscriptions") == 1
+
+
+@pytest.mark.parametrize("subscription", ["default", "search"])
+async def test_what_is_unprocessed_is_counted_by_type_for_each_subscription(
+    outbox: str, outbox_db: psycopg.Connection, subscription: str
+) -> None:
+    number = create(outbox, "search", "--from", "beginning")
+    publish(outbox_db, "order", 5)
+    publish(outbox_db, "mail", 30)
+    if subscription == "default":
+        outbox_db.execute(
+            "UPDATE entity_changes SET dead_at = now() - interval '2 hours'"
+            " WHERE entity_type = 'order' AND entity_id = '1'"
+        )
+    else:
+        fail(outbox_db, number, 1, dead=True)
+        outbox_db.execute("UPDATE cdc_subscription_changes SET dead_at = now() - interval '2 hours'")
+    done(outbox, "pause", "--because", "so that nothing is handled")
+    router = Router()
+    router.on("*")(lambda change: None)
+    settings: dict[str, Any] = {
+        "stream": False,
+        "http_port": free_port(),
+        "http_page": False,
+        "subscription": subscription,
+    }
+    async with consuming(outbox, router, **settings) as app:
+
+        def counts(entity_type: str) -> list[float | None]:
+            return [
+                app.metrics.registry.get_sample_value(
+                    "cdc_outbox_type_changes", {"entity_type": entity_type, "state": state}
+                )
+                for state in ("fresh", "waiting", "dead")
+            ]
+
+        async def polled() -> bool:
+            return counts("order") == [4, 0, 1] and counts("mail") == [30, 0, 0]
+
+        await eventually_async(polled, what="the figures of both types")
+        assert 7_200 <= metric(app.metrics.registry, "cdc_outbox_dead_age_seconds") < 10_000
 
 
 async def test_where_the_role_may_not_see_subscriptions_nothing_is_told_and_nothing_fails(
