@@ -97,10 +97,6 @@ def _dice(text: str) -> float:
     return zlib.crc32(text.encode()) / 2**32
 
 
-without_latest = cdc.Router()
-"""The same for a consumer of a subscription, which takes no handlers for the latest."""
-
-
 @router.on("kept_async", max_attempts=MAX_ATTEMPTS)
 async def keep_async(change: cdc.Change) -> None:
     with _call([change]):
@@ -192,21 +188,6 @@ async def refuse(change: cdc.Change) -> None:
     """Reads all there is to read, and fails with a text that no row can hold as it is."""
     repr((change.old, change.new, change.metadata))
     raise MeantToFailError("\0 \ud800 \u2717 " * 300_000)
-
-
-for _handler, _types, _options in (
-    (keep_async, ("kept_async", "kept_latest"), {}),
-    (keep_sync, ("kept_sync",), {}),
-    (keep_transactional, ("kept_transactional", "kept_latest_transactional"), {}),
-    (keep_transactional_sync, ("kept_transactional_sync",), {}),
-    (keep_batch, ("kept_batch",), {"batch": 20, "linger": 0.01}),
-    (keep_batch_transactional, ("kept_batch_transactional",), {"batch": 20}),
-    (keep_truncated, (TRUNCATED,), {}),
-):
-    for _type in _types:
-        without_latest.on(_type, max_attempts=MAX_ATTEMPTS, **_options)(_handler)
-without_latest.on(TRUNCATED, "TRUNCATE", max_attempts=MAX_ATTEMPTS)(keep_truncate)
-without_latest.on(ODD, max_attempts=2)(refuse)
 
 
 async def _pass(changes: Sequence[cdc.Change]) -> None:

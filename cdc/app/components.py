@@ -378,11 +378,6 @@ def _refuse_for_subscription(settings: Settings, router: Router, subscription: S
         )
     if settings.observe:
         raise UsageError("a subscription cannot be observed", hint="leave out --observe, or --subscription")
-    if latest := [handler.name for handler in router.handlers.values() if handler.latest]:
-        raise UsageError(
-            f"{latest[0]} handles the latest change of several, which a subscription cannot do yet",
-            hint="leave out latest=..., or handle it in the default subscription",
-        )
 
 
 def _refuse_unhandled(scope: TypeFilter, router: Router) -> None:

@@ -272,12 +272,12 @@ class _Attempt:
 
     def _mark_all(self, connection: AsyncLent | Lent, latest: Latest, errors: Errors, xid: str) -> Script[Ran]:
         """Mark the change and those that its call stood for, at the end of the transaction."""
-        rows = self._store.coalesced
-        yield connection.execute(rows.indexed)
-        cursor = yield connection.execute(*rows.mark(self._changes[0], latest, xid), binary=True)
-        [(marked, at, captured)] = yield cursor.fetchall()
-        if not marked:
+        yield connection.execute(self._store.coalesced.indexed)
+        cursor = yield connection.execute(*self._store.coalesced.mark(self._changes[0], latest, xid), binary=True)
+        found = yield cursor.fetchall()
+        if not found:
             raise EndedTransactionError
+        [(marked, at, captured)] = found
         if marked != latest.change.coalesced:
             raise AskTheTableError("another session has processed one of the changes that the call stood for", 0.0)
         return Ran(errors, at, bool(captured))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import psycopg
@@ -11,7 +11,6 @@ from cdc.core.latest import Latest, latest
 from cdc.core.model import SEQ_MAX, Change, Coalesced, Key
 from cdc.core.read_reconciler import Settlement
 from cdc.postgres.pages import change_row
-from cdc.postgres.sql_files import load
 from cdc.postgres.watched import rows_of
 
 DISTANCE = 64_000
@@ -31,11 +30,14 @@ class Ask(NamedTuple):
 
 
 class CoalescedChanges:
-    """For the outbox in ``schema``. ``always``: the parameters of each read of changes."""
+    """By these ``statements``. ``always``: the parameters of each read. ``marks``: called before each mark."""
 
-    def __init__(self, schema: str, always: Mapping[str, Any]) -> None:
-        self._statements = load("coalesced.sql", schema)
+    def __init__(
+        self, statements: Mapping[str, bytes], always: Mapping[str, Any], marks: Callable[[], None] = lambda: None
+    ) -> None:
+        self._statements = statements
         self._always = always
+        self._marks = marks
 
     async def ask(self, reader: psycopg.AsyncConnection, asks: Sequence[Ask]) -> dict[Ask, Latest | None]:
         """What each call would stand for. None: the change is not as it was read. Those left out did not fit."""
@@ -72,11 +74,11 @@ class CoalescedChanges:
 
     async def settle(self, session: psycopg.AsyncConnection, groups: Sequence[Settlement]) -> None:
         """Record all but the last of each group, in the transaction that records the last one's outcome."""
-        await rows_of(session, self._statements["settle"], _parameters(groups))
+        await rows_of(session, self._statements["settle"], self._parameters(groups))
 
     async def locked(self, session: psycopg.AsyncConnection, groups: Sequence[Settlement]) -> set[Key]:
         """The keys of the groups of which another session has locked a row; the other rows are locked now."""
-        rows = await rows_of(session, self._statements["locked"], _parameters(groups))
+        rows = await rows_of(session, self._statements["locked"], self._parameters(groups))
         keys = {change.id: change.key for change, _ in groups}
         return {keys[first] for (first,) in rows}
 
@@ -89,17 +91,22 @@ class CoalescedChanges:
         """The statement that marks all of the group on a transactional handler's connection.
 
         It returns how many it has marked, and as ``outbox.Store.mark`` when, and whether the transaction was captured.
+        No row: the handler has ended the transaction it was given.
         """
+        self._marks()
         return self._statements["mark"], {
-            "first": first.id, "shard": first.shard, "later": of.later, "last": of.change.seq, "xid": xid,
+            **self._always, "first": first.id, "seq": first.seq, "requeued": first.requeued, "shard": first.shard,
+            "later": of.later, "last": of.change.seq, "xid": xid,
         }  # fmt: skip
 
-
-def _parameters(settlements: Iterable[Settlement]) -> dict[str, Any]:
-    groups = [(change, outcome) for change, outcome in settlements if isinstance(outcome, Coalesced)]
-    return {
-        "firsts": [first.id for first, _ in groups],
-        "shards": [first.shard for first, _ in groups],
-        "later": [group.later for _, group in groups],
-        "lasts": [group.change.seq for _, group in groups],
-    }
+    def _parameters(self, settlements: Iterable[Settlement]) -> dict[str, Any]:
+        groups = [(change, outcome) for change, outcome in settlements if isinstance(outcome, Coalesced)]
+        return {
+            **self._always,
+            "firsts": [first.id for first, _ in groups],
+            "seqs": [first.seq for first, _ in groups],
+            "requeued": [first.requeued for first, _ in groups],
+            "shards": [first.shard for first, _ in groups],
+            "later": [group.later for _, group in groups],
+            "lasts": [group.change.seq for _, group in groups],
+        }

@@ -1,5 +1,20 @@
 -- The changes of a key that one call stands for, by name; the blocks in braces are those of outbox.sql. {changes} is the table.
 
+-- name: as_read
+-- Not a statement: the change that is asked about, while it is as it was read.
+SELECT n.changed_at FROM {changes} AS n
+WHERE n.id = want.id AND NOT n.processed AND n.dead_at IS NULL
+  AND (n.next_attempt_at IS NOT NULL) = want.requeued AND n.error_count = want.failures
+LIMIT 1
+
+-- name: waiting_behind
+-- Not a statement: the first change of its key behind it that waits.
+SELECT min(w.seq) AS seq
+FROM (SELECT want.type AS entity_type, want.type AS table_name, want.entity_id AS entity_id) AS c
+CROSS JOIN {changes} AS w
+WHERE (SELECT EXISTS (SELECT FROM {changes} WHERE NOT processed AND next_attempt_at IS NOT NULL))
+  AND {same_key} AND {holds} AND w.seq > want.seq
+
 -- name: ask
 -- For each of these first changes of their keys that is still as it was read: the numbers of the fresh ones behind it, how
 -- long to wait until the key is quiet, and the last of them. What is behind ends before a change that another handler
@@ -18,23 +33,16 @@ FROM (
        WITH ORDINALITY
        AS want(id, shard, type, entity_id, seq, requeued, failures, operations, quiet, at_most, replays, place)
   CROSS JOIN LATERAL (
-    SELECT n.changed_at FROM {changes} AS n
-    WHERE n.id = want.id AND NOT n.processed AND n.dead_at IS NULL
-      AND (n.next_attempt_at IS NOT NULL) = want.requeued AND n.error_count = want.failures
-    LIMIT 1
+    {as_read}
   ) AS first
   CROSS JOIN LATERAL (
-    SELECT min(n.seq) AS seq FROM {changes} AS n
+    SELECT min(n.seq) AS seq FROM {source} AS n
     WHERE n.shard = want.shard AND n.seq < want.seq AND n.seq > want.seq - %(distance)s
       AND n.entity_id = want.entity_id AND coalesce(n.entity_type, n.table_name) = want.type
-      AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+      AND {fresh} AND {readable}
   ) AS late
   CROSS JOIN LATERAL (
-    SELECT min(w.seq) AS seq
-    FROM (SELECT want.type AS entity_type, want.type AS table_name, want.entity_id AS entity_id) AS c
-    CROSS JOIN {changes} AS w
-    WHERE (SELECT EXISTS (SELECT FROM {changes} WHERE NOT processed AND next_attempt_at IS NOT NULL))
-      AND {same_key} AND {holds} AND w.seq > want.seq
+    {waiting_behind}
   ) AS waiting
   CROSS JOIN LATERAL (
     SELECT array_agg(k.seq ORDER BY k.seq)::text AS later, max(k.seq) AS last, max(k.changed_at) AS changed_at
@@ -42,10 +50,10 @@ FROM (
       SELECT n.seq, CASE WHEN isfinite(n.changed_at) THEN n.changed_at END AS changed_at,
              bool_and(n.operation = ANY (string_to_array(want.operations, ',')) AND NOT {barred}
                       AND (n.replay_of IS NOT NULL) = want.replays) OVER (ORDER BY n.seq) AS ours
-      FROM {changes} AS n
+      FROM {source} AS n
       WHERE n.shard = want.shard AND n.seq > want.seq AND n.seq < want.seq + %(distance)s
         AND n.entity_id = want.entity_id AND coalesce(n.entity_type, n.table_name) = want.type
-        AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+        AND {fresh}
         AND n.seq < coalesce(waiting.seq, %(seq_max)s) AND late.seq IS NULL AND {readable}
       ORDER BY n.seq
       LIMIT %(count)s
@@ -60,9 +68,9 @@ FROM (
     )) ELSE 0 END AS wait_s
   ) AS wait
   LEFT JOIN LATERAL (
-    SELECT {texts} FROM {changes} AS n
+    SELECT {texts} FROM {source} AS n
     WHERE n.shard = want.shard AND n.seq = behind.last AND wait.wait_s = 0
-      AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+      AND {fresh}
     LIMIT 1
   ) AS f ON true
 ) AS c
@@ -137,3 +145,4 @@ WITH places AS MATERIALIZED (
 SELECT pg_catalog.count(*)::pg_catalog.int4, pg_catalog.min(marked.processed_at),
        pg_catalog.current_setting('cdc.captured', true) OPERATOR(pg_catalog.=) 'on'::pg_catalog.text
 FROM marked
+HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>) 0::pg_catalog.int8

@@ -111,7 +111,7 @@ class Store:
             "attempts_kept": KEPT,
         }  # fmt: skip
         self.refused = RefusedRows(schema, given=self._always)
-        self.coalesced = CoalescedChanges(schema, self._always)
+        self.coalesced = CoalescedChanges(load("coalesced.sql", schema), self._always)
         self._max_chain_depth = max_chain_depth
         self.scope = scope
         self._everything = scope.everything

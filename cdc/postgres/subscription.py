@@ -40,8 +40,9 @@ from cdc.core.pauses import Pauses
 from cdc.core.read_reconciler import Settlement
 from cdc.core.type_filter import TypeFilter
 from cdc.postgres import grants
+from cdc.postgres.coalesced import CoalescedChanges
 from cdc.postgres.outbox import CRASHED, INDEXED, Store, as_array
-from cdc.postgres.outcomes import settle_values
+from cdc.postgres.outcomes import divide, settle_values
 from cdc.postgres.pages import COUNT_BOUND, Figures, OutboxPage
 from cdc.postgres.shard_locks import change_locks
 from cdc.postgres.sql_files import blocks, load
@@ -60,6 +61,16 @@ def statements(schema: str) -> dict[str, bytes]:
     """By name, the statements of a consumer of a subscription of the outbox in ``schema``."""
     instead = blocks("subscription.sql")
     return {**load("outbox.sql", schema, instead=instead), **load("subscription.sql", schema, instead=_shared())}
+
+
+def coalesced_statements(schema: str) -> dict[str, bytes]:
+    """The same for the changes that one call stands for."""
+    of_subscription, own = blocks("subscription.sql"), blocks("subscription_coalesced.sql")
+    asked = {name: own[name] for name in ("as_read", "waiting_behind")}
+    return {
+        **load("coalesced.sql", schema, instead={**of_subscription, **asked}),
+        **load("subscription_coalesced.sql", schema, instead=of_subscription),
+    }
 
 
 def _shared() -> dict[str, str]:
@@ -89,6 +100,7 @@ class SubscriptionStore(Store):
             **load("subscription.sql", schema, instead={**_shared(), **NUMBERS}),
         }  # fmt: skip
         self.refused = RefusedRows(schema, numbers=numbers, mark=self._statements["refuse"], given=self._always)
+        self.coalesced = CoalescedChanges(coalesced_statements(schema), self._always, self._marks)
         self._subscription = subscription
         self._always |= {
             "subscription": subscription.number,
@@ -172,7 +184,10 @@ class SubscriptionStore(Store):
     async def _locked(self, session: psycopg.AsyncConnection, batch: Sequence[Settlement]) -> set[Key]:
         keys = {finished.change.seq: finished.change.key for finished in batch}
         found = await self._rows(session, "locked", self._numbers([finished.change for finished in batch]))
-        return {keys[seq] for (seq,) in found}
+        locked = {keys[seq] for (seq,) in found}
+        if groups := divide(batch).groups:
+            locked |= await self.coalesced.locked(session, groups)
+        return locked
 
     def take(self, changes: Sequence[Change], cause: Change) -> tuple[bytes, dict[str, Any]]:
         statement, parameters = super().take(changes, cause)
@@ -182,6 +197,9 @@ class SubscriptionStore(Store):
         self._unproved = True
         requeued = as_array(change.requeued for change in changes)
         return self._statements["mark"], {**self._always, **_places(changes), "requeued": requeued, "xid": xid}
+
+    def _marks(self) -> None:
+        self._unproved = True
 
     # --- after a crash ---------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import count
 from math import inf
 from pathlib import Path
@@ -78,7 +78,13 @@ def read_captured(connection: psycopg.Connection, types: Iterable[str], number: 
 
 
 def read_captured_by(
-    connection: psycopg.Connection, types: Iterable[str], number: int, seen: Mapping[int, float], calls: Sequence[Call]
+    connection: psycopg.Connection,
+    types: Iterable[str],
+    number: int,
+    seen: Mapping[int, float],
+    *,
+    calls: Sequence[Call],
+    effects: Iterable[Effect],
 ) -> list[Captured]:
     """As a subscription has them, or its calls where it was dropped. ``seen``: when each was first seen settled."""
     states = {"done": "processed", **{state: state for state in ("dead", "waiting", "fresh")}}
@@ -88,16 +94,41 @@ def read_captured_by(
         if call.final:
             done.setdefault(call.seq, call.end)
     ended = {call.seq: call.end for call in calls} | done
-    rows = read_captured(connection, types, number)
-    return [
+    rows = [
         row._replace(
             state=has.get(row.seq) or ("processed" if row.seq in done else "fresh"),
             settled_at=seen.get(row.seq),
             into=None,
             done_at=ended.get(row.seq),
         )
-        for row in rows
+        for row in read_captured(connection, types, number)
     ]
+    into = _into(rows, calls, {effect.seq for effect in effects})
+    return [row._replace(into=into.get(row.seq)) for row in rows]
+
+
+def _into(rows: Iterable[Captured], calls: Iterable[Call], effects: Set[int]) -> dict[int, int]:
+    """Into which change others were coalesced: no row of a subscription says so, but its calls do.
+
+    A call for several has one effect, that of the last of them; or the last of them is dead.
+    """
+    by_key: dict[Any, list[Captured]] = defaultdict(list)
+    for row in sorted(rows):
+        by_key[row.key].append(row)
+    found: dict[int, int] = {}
+    returned = set[int]()
+    for call in calls:
+        of_key = by_key[call.key]
+        place = next((place for place, row in enumerate(of_key) if row.seq == call.seq), None)
+        if place is None or call.stood_for == 1:
+            continue
+        others = [row.seq for row in of_key[max(0, place + 1 - call.stood_for) : place] if row.state == "processed"]
+        if call.how == "returned":
+            returned.update(others)
+        if call.seq in effects or (of_key[place].state == "dead" and call.final):
+            found.update(dict.fromkeys(others, call.seq))
+    dead = {row.seq for row in rows if row.state == "dead"}
+    return {seq: last for seq, last in found.items() if seq not in effects and not (last in dead and seq in returned)}
 
 
 def read_effects(connection: psycopg.Connection, consumers: Iterable[str] | None = None) -> list[Effect]:

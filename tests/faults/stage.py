@@ -43,7 +43,6 @@ _CONSUMER = {
     "handlers": "tests.handlers_ledger:router", "slot_name": SLOT, "backoff_base": 0.05, "backoff_cap": 0.5,
     "concurrency": 20, "window": 200, "transactions": 4, "timeout": TIMEOUT_S, "drain_time": 5,
 }  # fmt: skip
-_OF_A_SUBSCRIPTION = {"handlers": "tests.handlers_ledger:without_latest"}
 
 
 class Consumer:
@@ -186,7 +185,7 @@ class Stage:
         with self.connect() as connection:
             connection.execute(sql.SQL("CREATE ROLE {} SUPERUSER LOGIN").format(sql.Identifier(name)))
         dsn = make_conninfo(self.proxies[place].dsn, user=name)
-        own = {} if subscription == DEFAULT else {**_OF_A_SUBSCRIPTION, "subscription": subscription}
+        own = {} if subscription == DEFAULT else {"subscription": subscription}
         process = Process(dsn, self.folder / f"{name}.log", **{**_CONSUMER, **own})  # type: ignore[arg-type]
         consumer = Consumer(name, process, subscription)
         self._everyone.append(consumer)
@@ -264,11 +263,11 @@ class Stage:
         own = [consumer.name for consumer in self._everyone if consumer.subscription == subscription]
         calls = [call for call in records.read_calls(self.folder, ended_at) if call.consumer in own]
         with self.connect() as connection:
+            effects = records.read_effects(connection, own)
             if subscription == DEFAULT:
                 captured = records.read_captured(connection, ALL_KINDS)
             else:
-                captured = self.subscriptions.captured(connection, subscription, calls)
-            effects = records.read_effects(connection, own)
+                captured = self.subscriptions.captured(connection, subscription, calls, effects)
         log = (self.server.folder / "server.log").read_text()
         return Evidence(
             captured=captured,

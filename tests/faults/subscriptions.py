@@ -13,7 +13,7 @@ import psycopg
 from cdc.core.subscription import DEFAULT
 from tests.commands import done
 from tests.faults import records
-from tests.faults.ledger import Call, Captured
+from tests.faults.ledger import Call, Captured, Effect
 from tests.handlers_ledger import ALL_KINDS
 from tests.subscriptions import states_of, subscribe
 
@@ -84,9 +84,11 @@ class Subscriptions(threading.Thread):
     def all_done(self, name: str) -> bool:
         return not self.unsettled(name, self._stage.newest())
 
-    def captured(self, connection: psycopg.Connection, name: str, calls: Sequence[Call]) -> list[Captured]:
+    def captured(
+        self, connection: psycopg.Connection, name: str, calls: Sequence[Call], effects: Sequence[Effect]
+    ) -> list[Captured]:
         number = self._numbers[name]
-        return records.read_captured_by(connection, ALL_KINDS, number, self._seen[number], calls)
+        return records.read_captured_by(connection, ALL_KINDS, number, self._seen[number], calls=calls, effects=effects)
 
     # --- what an operator does -------------------------------------------------------------------------------------
 

@@ -84,7 +84,9 @@ def test_each_subscription_has_a_truth_of_its_own_whatever_happens(tmp_path: Pat
     captured = {name: verdict.figures["captured"] for name, verdict in found.items()}
     assert captured["late"] == captured["search"] == captured[DEFAULT] > len(_LAST) * _BETWEEN
     for name, verdict in found.items():
-        for figure in ("repeated", "effects", "in batches", "snoozed", "truncates", "read", "replayed", "dead"):
+        for figure in (
+            "repeated", "effects", "in batches", "coalesced", "snoozed", "truncates", "read", "replayed", "dead",
+        ):  # fmt: skip
             assert verdict.figures[figure] > 0, (name, figure)
     assert dropped.figures["effects"] > 0
 

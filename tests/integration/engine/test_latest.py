@@ -17,7 +17,6 @@ from cdc.app.application import App
 from cdc.cli import cdc as root_command
 from cdc.core.deferred_keys import KeyRead
 from cdc.core.latest import Latest
-from cdc.engine.dispatcher import OtherTasks
 from cdc.postgres import tracking
 from cdc.postgres.bulk import Bulk
 from cdc.postgres.coalesced import Ask, CoalescedChanges
@@ -25,45 +24,12 @@ from cdc.postgres.outbox import Store
 from cdc.postgres.tracked_tables import Truncate
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
+from tests.latest import KINDS, declare, got, update
 
-_KINDS = ("async", "sync", "transactional", "transactional sync")
-_UPDATE = """
-SELECT publish_change('product', %(key)s, 'UPDATE', jsonb_build_object('n', n), jsonb_build_object('n', n - 1))
-FROM generate_series(%(first)s::int, %(last)s::int) AS n ORDER BY n
-"""
 _PROCESSED = "SELECT id FROM entity_changes WHERE processed ORDER BY seq"
 _ROWS = """
 SELECT seq, processed, dead_at IS NOT NULL, error_count, last_error FROM entity_changes ORDER BY seq
 """
-
-
-def _declare(router: cdc.Router, kind: str, handle: Callable[[cdc.Change], None], **options: Any) -> None:
-    async def in_loop(change: cdc.Change) -> None:
-        await OtherTasks()
-        handle(change)
-
-    def sync(change: cdc.Change) -> None:
-        handle(change)
-
-    async def transactional(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
-        await connection.execute("INSERT INTO effect VALUES (%s)", [change.seq])
-        handle(change)
-
-    def transactional_sync(change: cdc.Change, connection: psycopg.Connection) -> None:
-        connection.execute("INSERT INTO effect VALUES (%s)", [change.seq])
-        handle(change)
-
-    functions: tuple[Callable[..., Any], ...] = (in_loop, sync, transactional, transactional_sync)
-    function = dict(zip(_KINDS, functions, strict=True))[kind]
-    router.on("product", latest=True, name="index", **options)(function)
-
-
-def _seen(change: cdc.Change) -> tuple[Any, ...]:
-    return change.operation, change.old and change.old["n"], change.new and change.new["n"], change.coalesced
-
-
-def _update(db: psycopg.Connection, first: int, last: int, key: str = "1") -> list[int]:
-    return [seq for (seq,) in db.execute(_UPDATE, {"key": key, "first": first, "last": last})]
 
 
 def _at_rest(app: App) -> Callable[[], Awaitable[bool]]:
@@ -87,17 +53,17 @@ def effects(outbox_db: psycopg.Connection) -> psycopg.Connection:
     return outbox_db
 
 
-@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_one_call_stands_for_all_that_waits_of_a_key(effects: psycopg.Connection, outbox: str, kind: str) -> None:
     calls: list[cdc.Change] = []
     router = cdc.Router()
-    _declare(router, kind, calls.append)
-    of_one, of_other = _update(effects, 1, 5), _update(effects, 7, 7, "2")
+    declare(router, kind, calls.append)
+    of_one, of_other = update(effects, 1, 5), update(effects, 7, 7, "2")
     drained = await testing.drain(outbox, router)
     by_key = {change.entity_id: change for change in calls}
     assert len(calls) == 2
-    assert _seen(by_key["1"]) == ("UPDATE", 0, 5, 5)
-    assert _seen(by_key["2"]) == ("UPDATE", 6, 7, 1)
+    assert got(by_key["1"]) == ("UPDATE", 0, 5, 5)
+    assert got(by_key["2"]) == ("UPDATE", 6, 7, 1)
     assert by_key["1"].seq == of_one[-1]
     [(last,)] = effects.execute("SELECT id FROM entity_changes WHERE seq = %s", [of_one[-1]])
     assert by_key["1"].id == last
@@ -116,23 +82,23 @@ async def test_a_call_stands_for_replays_alone_or_for_none(outbox_db: psycopg.Co
     """A replay locks no row: what is visible behind one may not be all that was written before."""
     calls: list[tuple[Any, ...]] = []
     router = cdc.Router()
-    _declare(router, "async", lambda change: calls.append((_seen(change), change.replay_of is not None)))
-    _update(outbox_db, 1, 3)
+    declare(router, "async", lambda change: calls.append((got(change), change.replay_of is not None)))
+    update(outbox_db, 1, 3)
     outbox_db.execute("UPDATE entity_changes SET processed = true, processed_at = now()")
-    _update(outbox_db, 4, 5)
+    update(outbox_db, 4, 5)
     for _ in Bulk("public").replay(outbox_db, [id_ for (id_,) in outbox_db.execute(_PROCESSED).fetchall()]):
         pass
-    _update(outbox_db, 6, 7)
+    update(outbox_db, 6, 7)
     await testing.drain(outbox, router)
     assert calls == [(("UPDATE", 3, 5, 2), False), (("UPDATE", 0, 3, 3), True), (("UPDATE", 5, 7, 2), False)]
 
 
 async def test_before_a_call_what_is_fresh_before_it_is_asked_for(outbox_db: psycopg.Connection, outbox: str) -> None:
     """That has become visible late. What is behind the call may have been written when it was there."""
-    _update(outbox_db, 1, 2)
+    update(outbox_db, 1, 2)
     outbox_db.execute("UPDATE entity_changes SET processed = true, processed_at = now()")
     originals = [id_ for (id_,) in outbox_db.execute(_PROCESSED).fetchall()]
-    late, *_ = _update(outbox_db, 4, 6)
+    late, *_ = update(outbox_db, 4, 6)
     for _ in Bulk("public").replay(outbox_db, originals):
         pass
     fresh = "SELECT id, seq, shard, replay_of FROM entity_changes WHERE NOT processed ORDER BY seq"
@@ -156,7 +122,7 @@ async def test_before_a_call_what_is_fresh_before_it_is_asked_for(outbox_db: psy
         assert (of_replay.before, of_replay.later) == (None, f"{{{last_replay[1]}}}")
 
 
-@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fails", [False, True])
 async def test_what_becomes_visible_before_a_call_is_not_overtaken_by_what_is_written_behind_it_then(
     effects: psycopg.Connection, outbox: str, monkeypatch: pytest.MonkeyPatch, kind: str, fails: bool
@@ -165,25 +131,25 @@ async def test_what_becomes_visible_before_a_call_is_not_overtaken_by_what_is_wr
     calls: list[tuple[Any, ...]] = []
 
     def handle(change: cdc.Change) -> None:
-        calls.append(_seen(change)[1:])
+        calls.append(got(change)[1:])
         if fails and len(calls) == 1:
             raise RuntimeError
 
     router = cdc.Router()
-    _declare(router, kind, handle, max_attempts=2)
+    declare(router, kind, handle, max_attempts=2)
     ask = CoalescedChanges.ask
     with psycopg.connect(outbox) as late:
-        _update(late, 1, 1)
+        update(late, 1, 1)
 
         async def asked_late(self: CoalescedChanges, reader: psycopg.AsyncConnection, asks: Sequence[Ask]) -> Any:
             if not late.closed and bool(calls) == fails:
                 late.commit()
                 late.close()
-                _update(effects, 3, 3)
+                update(effects, 3, 3)
             return await ask(self, reader, asks)
 
         monkeypatch.setattr(CoalescedChanges, "ask", asked_late)
-        _update(effects, 2, 2)
+        update(effects, 2, 2)
         await testing.drain(outbox, router)
     assert calls == ([(1, 2, 1), (0, 1, 1), (1, 3, 2)] if fails else [(0, 3, 3)])
 
@@ -193,7 +159,7 @@ async def test_a_row_that_comes_and_goes_in_between_is_a_delete_without_an_old_r
 ) -> None:
     calls: list[tuple[Any, ...]] = []
     router = cdc.Router()
-    _declare(router, "async", lambda change: calls.append(_seen(change)))
+    declare(router, "async", lambda change: calls.append(got(change)))
     outbox_db.execute("""SELECT publish_change('product', '1', 'INSERT', '{"n": 1}')""")
     outbox_db.execute("""SELECT publish_change('product', '1', 'UPDATE', '{"n": 2}', '{"n": 1}')""")
     outbox_db.execute("""SELECT publish_change('product', '1', 'DELETE', old_data => '{"n": 2}')""")
@@ -206,15 +172,15 @@ async def test_a_change_that_another_handler_gets_is_not_passed_over(
 ) -> None:
     calls: list[tuple[Any, ...]] = []
     router = cdc.Router()
-    _declare(router, "async", lambda change: calls.append(_seen(change)))
+    declare(router, "async", lambda change: calls.append(got(change)))
 
     @router.on("product", "DELETE")
     async def removed(change: cdc.Change) -> None:
         calls.append(("removed", change.seq))
 
-    _update(outbox_db, 1, 3)
+    update(outbox_db, 1, 3)
     [(deleted,)] = outbox_db.execute("""SELECT publish_change('product', '1', 'DELETE', old_data => '{"n": 3}')""")
-    _update(outbox_db, 4, 5)
+    update(outbox_db, 4, 5)
     await testing.drain(outbox, router)
     assert calls == [("UPDATE", 0, 3, 3), ("removed", deleted), ("UPDATE", 3, 5, 2)]
 
@@ -226,35 +192,35 @@ async def test_the_filter_is_asked_about_the_change_that_the_call_would_get(
     asked: list[tuple[Any, ...]] = []
 
     def odd(change: cdc.Change) -> bool:
-        asked.append(_seen(change))
+        asked.append(got(change))
         return bool(change.new["n"] % 2)
 
     router = cdc.Router()
-    _declare(router, "async", lambda change: calls.append(_seen(change)), when=odd)
-    _update(outbox_db, 1, 2, "even")
-    _update(outbox_db, 1, 3, "odd")
+    declare(router, "async", lambda change: calls.append(got(change)), when=odd)
+    update(outbox_db, 1, 2, "even")
+    update(outbox_db, 1, 3, "odd")
     drained = await testing.drain(outbox, router)
     assert calls == [("UPDATE", 0, 3, 3)]
     assert sorted(asked) == [("UPDATE", 0, 2, 2), ("UPDATE", 0, 3, 3)]
     assert (drained.processed, drained.filtered, drained.coalesced) == (1, 1, 3)
 
 
-@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_retry_stands_for_what_has_come_meanwhile_too(
     effects: psycopg.Connection, outbox: str, kind: str
 ) -> None:
     calls: list[tuple[Any, ...]] = []
 
     def handle(change: cdc.Change) -> None:
-        calls.append((*_seen(change), change.attempt, change.requeued))
+        calls.append((*got(change), change.attempt, change.requeued))
         if len(calls) == 1:
             with psycopg.connect(outbox, autocommit=True) as other:
-                _update(other, 3, 4)
+                update(other, 3, 4)
             raise cdc.Retry(after=0.01)
 
     router = cdc.Router()
-    _declare(router, kind, handle)
-    last = _update(effects, 1, 2)[-1]
+    declare(router, kind, handle)
+    last = update(effects, 1, 2)[-1]
     drained = await testing.drain(outbox, router)
     assert calls == [("UPDATE", 0, 2, 2, 1, False), ("UPDATE", 0, 4, 4, 2, True)]
     assert (drained.processed, drained.retried, drained.coalesced) == (1, 1, 3)
@@ -262,7 +228,7 @@ async def test_a_retry_stands_for_what_has_come_meanwhile_too(
         assert effects.execute("SELECT seq FROM effect").fetchall() == [(last + 2,)]
 
 
-@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_the_last_of_those_whose_attempts_are_used_up_is_the_dead_letter(
     effects: psycopg.Connection, outbox: str, kind: str
 ) -> None:
@@ -271,9 +237,9 @@ async def test_the_last_of_those_whose_attempts_are_used_up_is_the_dead_letter(
 
     errors: list[tuple[int, int]] = []
     router = cdc.Router()
-    _declare(router, kind, handle, max_attempts=2)
+    declare(router, kind, handle, max_attempts=2)
     router.on_error(lambda change, error: errors.append((change.seq, change.coalesced)))
-    first, second = _update(effects, 1, 2)
+    first, second = update(effects, 1, 2)
     drained = await testing.drain(outbox, router, allow_dead=True)
     assert [(entry.seq, entry.error_count) for entry in drained.dead_letters] == [(second, 2)]
     assert errors == [(second, 2)] * 2
@@ -288,8 +254,8 @@ async def test_a_discard_is_that_of_the_last_one(outbox_db: psycopg.Connection, 
         raise cdc.Discard("too old")
 
     router = cdc.Router()
-    _declare(router, "sync", handle)
-    first, second = _update(outbox_db, 1, 2)
+    declare(router, "sync", handle)
+    first, second = update(outbox_db, 1, 2)
     drained = await testing.drain(outbox, router)
     assert (drained.discarded, drained.coalesced) == (1, 1)
     assert outbox_db.execute(_ROWS).fetchall() == [
@@ -302,9 +268,9 @@ async def test_the_hook_gets_what_the_handler_got(effects: psycopg.Connection, o
     for kind in ("async", "transactional"):
         processed: list[tuple[Any, ...]] = []
         router = cdc.Router()
-        _declare(router, kind, lambda change: None)
-        router.on_processed(lambda change, seen=processed: seen.append((change.seq, *_seen(change))))
-        last = _update(effects, 1, 3)[-1]
+        declare(router, kind, lambda change: None)
+        router.on_processed(lambda change, seen=processed: seen.append((change.seq, *got(change))))
+        last = update(effects, 1, 3)[-1]
         await testing.drain(outbox, router)
         assert processed == [(last, "UPDATE", 0, 3, 3)]
 
@@ -312,17 +278,17 @@ async def test_the_hook_gets_what_the_handler_got(effects: psycopg.Connection, o
 async def test_a_key_is_quiet_before_the_call_and_holds_up_no_other(outbox_db: psycopg.Connection, outbox: str) -> None:
     calls: list[tuple[Any, ...]] = []
     router = cdc.Router()
-    _declare(router, "async", lambda change: calls.append(_seen(change)), settle=2)
+    declare(router, "async", lambda change: calls.append(got(change)), settle=2)
 
     @router.on("order")
     async def other(change: cdc.Change) -> None:
         calls.append(("order", change.entity_id))
 
     async with consuming(outbox, router) as app:
-        _update(outbox_db, 1, 1)
+        update(outbox_db, 1, 1)
         outbox_db.execute("SELECT publish_change('order', '1')")
         await _called(calls, 1)
-        _update(outbox_db, 2, 3)
+        update(outbox_db, 2, 3)
         outbox_db.execute("SELECT publish_change('order', '2')")
         await _called(calls, 2)
         assert calls == [("order", "1"), ("order", "2")]
@@ -345,14 +311,14 @@ async def test_a_key_is_quiet_before_the_call_and_holds_up_no_other(outbox_db: p
 async def test_a_key_that_never_rests_is_handled_all_the_same(outbox_db: psycopg.Connection, outbox: str) -> None:
     calls: list[cdc.Change] = []
     router = cdc.Router()
-    _declare(router, "async", calls.append, settle=1, at_most=1.5)
+    declare(router, "async", calls.append, settle=1, at_most=1.5)
     async with consuming(outbox, router):
         await eventually_async(partial(_is_called_while_written, outbox_db, calls), what="a call")
     assert calls[0].coalesced > 1
 
 
 async def _is_called_while_written(db: psycopg.Connection, calls: list[cdc.Change]) -> bool:
-    _update(db, 1, 1)
+    update(db, 1, 1)
     return bool(calls)
 
 
@@ -362,8 +328,8 @@ async def test_a_key_whose_first_change_is_of_a_time_to_come_does_not_stand_stil
     """The server's clock was set back, or it is another server's by now."""
     calls: list[tuple[Any, ...]] = []
     router = cdc.Router()
-    _declare(router, "async", lambda change: calls.append(_seen(change)), settle=0.05, at_most=0.2)
-    _update(outbox_db, 1, 2)
+    declare(router, "async", lambda change: calls.append(got(change)), settle=0.05, at_most=0.2)
+    update(outbox_db, 1, 2)
     outbox_db.execute("UPDATE entity_changes SET changed_at = now() + interval '1 hour'")
     await testing.drain(outbox, router, within_s=5)
     assert calls == [("UPDATE", 0, 2, 2)]
@@ -375,8 +341,8 @@ async def test_a_call_stands_for_a_bounded_part_of_a_burst(
     monkeypatch.setattr("cdc.postgres.coalesced.COUNT", 99)
     calls: list[tuple[Any, ...]] = []
     router = cdc.Router()
-    _declare(router, "async", lambda change: calls.append(_seen(change)[1:]))
-    _update(outbox_db, 1, 250)
+    declare(router, "async", lambda change: calls.append(got(change)[1:]))
+    update(outbox_db, 1, 250)
     await testing.drain(outbox, router)
     assert calls == [(0, 100, 100), (100, 200, 100), (200, 250, 50)]
 
@@ -396,9 +362,9 @@ async def test_keys_of_which_a_call_stands_for_all_are_not_read_again(
     monkeypatch.setattr(Store, "read_keys", counted)
     calls: list[tuple[Any, ...]] = []
     router = cdc.Router()
-    _declare(router, "async", lambda change: calls.append(_seen(change)[1:]))
+    declare(router, "async", lambda change: calls.append(got(change)[1:]))
     for key in range(keys):
-        _update(outbox_db, 1, 5, str(key))
+        update(outbox_db, 1, 5, str(key))
     await testing.drain(outbox, router)
     assert calls == [(0, 5, 5)] * keys
     assert sum(read) < keys / 2
@@ -407,8 +373,8 @@ async def test_keys_of_which_a_call_stands_for_all_are_not_read_again(
 async def test_what_waits_behind_is_not_overtaken(outbox_db: psycopg.Connection, outbox: str) -> None:
     calls: list[tuple[Any, ...]] = []
     router = cdc.Router()
-    _declare(router, "async", lambda change: calls.append((*_seen(change)[1:], change.requeued)))
-    seqs = _update(outbox_db, 1, 4)
+    declare(router, "async", lambda change: calls.append((*got(change)[1:], change.requeued)))
+    seqs = update(outbox_db, 1, 4)
     outbox_db.execute("UPDATE entity_changes SET next_attempt_at = now(), error_count = 1 WHERE seq = %s", [seqs[2]])
     await testing.drain(outbox, router)
     assert sorted(calls) == [(0, 2, 2, False), (2, 4, 2, True)]
@@ -421,14 +387,14 @@ async def test_what_another_session_has_processed_meanwhile_is_not_done_twice(
     calls: list[tuple[Any, ...]] = []
 
     def handle(change: cdc.Change) -> None:
-        calls.append(_seen(change))
+        calls.append(got(change))
         if len(calls) == 1:
             with psycopg.connect(outbox, autocommit=True) as other:
                 other.execute("UPDATE entity_changes SET processed = true, processed_at = now() WHERE seq = %s", [last])
 
     router = cdc.Router()
-    _declare(router, kind, handle)
-    last = _update(effects, 1, 3)[-1]
+    declare(router, kind, handle)
+    last = update(effects, 1, 3)[-1]
     await testing.drain(outbox, router)
     assert calls == [("UPDATE", 0, 3, 3), ("UPDATE", 0, 2, 2)]
     assert effects.execute("SELECT seq FROM effect").fetchall() == [(last - 1,)]
@@ -442,7 +408,7 @@ async def test_a_handlers_own_writes_are_caused_by_the_last_one(effects: psycopg
         await connection.execute("SELECT publish_change('indexed', '1')")
 
     router.ignore("indexed")
-    last = _update(effects, 1, 3)[-1]
+    last = update(effects, 1, 3)[-1]
     await testing.drain(outbox, router)
     [(cause,)] = effects.execute(
         "SELECT cause.seq FROM entity_changes AS made JOIN entity_changes AS cause ON cause.id = made.caused_by"
@@ -452,8 +418,8 @@ async def test_a_handlers_own_writes_are_caused_by_the_last_one(effects: psycopg
 
 async def test_show_names_the_change_that_stood_for_it(outbox_db: psycopg.Connection, outbox: str) -> None:
     router = cdc.Router()
-    _declare(router, "async", lambda change: None)
-    _first, last = _update(outbox_db, 1, 2)
+    declare(router, "async", lambda change: None)
+    _first, last = update(outbox_db, 1, 2)
     await testing.drain(outbox, router)
     [(first_id,)] = outbox_db.execute("SELECT id FROM entity_changes ORDER BY seq LIMIT 1")
     shown = CliRunner().invoke(root_command, ["outbox", "show", str(first_id), "--dsn", outbox])
@@ -468,7 +434,7 @@ async def test_a_call_does_not_stand_for_what_comes_after_a_truncate(
     tracking.track(outbox_db, "public", "products", entity_type="product", truncate=Truncate.EVENT)
     calls: list[tuple[Any, ...]] = []
     router = cdc.Router()
-    _declare(router, "async", lambda change: calls.append(_seen(change)))
+    declare(router, "async", lambda change: calls.append(got(change)))
 
     @router.on("product", "TRUNCATE")
     async def emptied(change: cdc.Change) -> None:

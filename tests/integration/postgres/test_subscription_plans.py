@@ -9,18 +9,21 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from cdc.postgres.subscription import SubscriptionStore, statements
+from cdc.postgres.subscription import SubscriptionStore, coalesced_statements, statements
 from cdc.postgres.subscriptions import Subscriptions
 
 pytestmark = pytest.mark.server
 
 _PLACEHOLDER = re.compile(rb"%\((\w+)\)s|%%")
-_READS = ("fetch", "fetch_some", "sweep", "sweep_some", "read_keys", "advance", "figures")
+_READS = ("fetch", "fetch_some", "sweep", "sweep_some", "read_keys", "advance", "figures", "coalesced ask")
 """What walks changes: two halves, merged."""
-STATEMENTS = statements("public")
+STATEMENTS = {
+    **statements("public"),
+    **{f"coalesced {name}": text for name, text in coalesced_statements("public").items()},
+}
 _OTHERS = (
     "due", "next_due", "settle_processed", "settle_others", "locked", "start", "unstart", "suspect", "refuse", "take",
-    "mark",
+    "mark", "coalesced settle", "coalesced mark",
 )  # fmt: skip
 
 
