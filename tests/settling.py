@@ -27,7 +27,8 @@ class SettlingScheduler(KeyScheduler):
         return self.to_settle.take(limit)
 
     def settled(self, batch: Sequence[Settlement]) -> None:
-        super().settled([one for one in batch if isinstance(one.outcome, Committed) or self.to_settle.written(one)])
+        written = self.to_settle.written(one for one in batch if not isinstance(one.outcome, Committed))
+        super().settled([one for one in batch if isinstance(one.outcome, Committed) or one in written])
 
     def lost(self) -> None:
         """Nothing is kept: its shards are others' by now."""

@@ -38,9 +38,7 @@ class BatchStart:
                 queue = queues.get(keys.popleft())
                 if queue is None or not queue.startable:
                     continue
-                if belongs(queue.queued[0]):
-                    self._start_run(queue, batch, limit, belongs)
-                else:
+                if not self._start_run(queue, batch, limit, belongs):
                     others.append(queue)
             for queue in map(queues.get, reversed(keys)):
                 if queue is not None and queue.needs is not None:
@@ -48,8 +46,11 @@ class BatchStart:
         for queue in others:
             self._make_ready(queue)
 
-    def _start_run(self, queue: KeyQueue, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
+    def _start_run(self, queue: KeyQueue, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> bool:
+        """Returns whether any of its changes belongs to the batch."""
+        before = len(batch)
         while queue.queued and len(batch) < limit and belongs(queue.queued[0]):
             if queue.running and queue.queued[0].seq < queue.running[-1].seq:
-                return  # an operator requeued it meanwhile: it runs by itself
+                break  # an operator requeued it meanwhile: it runs by itself
             batch.append(self._start_next(queue))
+        return len(batch) > before

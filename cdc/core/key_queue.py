@@ -60,9 +60,10 @@ class KeyQueue:
             self.queued.append(change)
 
     def remove_running(self, change: Change) -> None:
-        if change not in self.running:
-            raise AssertionError(f"{change!r} finished but is not running")
-        self.running.remove(change)
+        try:
+            self.running.remove(change)
+        except ValueError:
+            raise AssertionError(f"{change!r} finished but is not running") from None
 
     def blocks_no_more(self, seq: int) -> None:
         """The change is in the table, or will not be written."""

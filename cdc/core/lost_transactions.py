@@ -37,7 +37,7 @@ class Losses:
 
     def doubts(self, change: Change) -> bool:
         """Whether this change has to run one at a time."""
-        return bool(self.suspects) and change.id in self.suspects
+        return bool(self.suspects) and change.id in self.suspects  # to hash an id costs more than the rest
 
     def times(self, change_id: UUID) -> int:
         """How often in a row it has lost a transaction."""
@@ -86,6 +86,8 @@ class LostCalls:
 
     def has(self, change: Change) -> bool:
         """Whether its last call lost something: it runs after a pause, and shares no transaction."""
+        if not (self._losses.suspects or self._obstacles.suspects):
+            return False
         return self._losses.doubts(change) or self._obstacles.doubts(change)
 
     def times(self, change: Change) -> int:

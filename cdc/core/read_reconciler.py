@@ -46,7 +46,7 @@ class ReadReconciler:
     def settled(self, batch: Iterable[Settlement]) -> None:
         if self.under_way:
             self.eventful = True
-            self._settled.update((finished.change.seq, finished) for finished in batch)
+            self._settled.update({finished.change.seq: finished for finished in batch})
 
     def arrived(self, shards: Iterable[int]) -> None:
         """Shards were acquired; they may have been owned when the read began, and by another consumer since."""

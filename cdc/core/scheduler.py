@@ -33,7 +33,7 @@ until they return, unsettled; and the outcomes not written yet, with their place
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from operator import attrgetter
 
 from cdc.core.admission import Admission, Admitted, Row
@@ -186,7 +186,10 @@ class KeyScheduler:
             self.window.vacate(-(1 + change.size // self.place_bytes))
             self.ownership.started(change)
             queue = self._known[change.seq] = self._queues.setdefault(change.key, KeyQueue(change.key))
-            self._settles(queue, finished)
+            self.settling += 1
+            queue.settling += 1
+            if finished.outcome.blocks_key:
+                queue.blocking += (change.seq,)
 
     # --- in --------------------------------------------------------------------------------------------------------
 
@@ -324,6 +327,7 @@ class KeyScheduler:
         """
         self.ready_queues.ended(map(_CHANGE, batch))
         to_settle: list[Settlement] = []
+        places: dict[str, int] = {}
         for finished in batch:
             change, outcome = finished
             queue = self._known.get(change.seq) or self._queues[change.key]  # an orphan is not in the window
@@ -331,9 +335,12 @@ class KeyScheduler:
             if queue.orphan:
                 self._orphan_returned(queue)
             else:
-                # Its type cannot speed up the mark.
-                self.window.end_use(change.entity_type, 1 + change.size // self.place_bytes)
-                self._settles(queue, finished)
+                name = change.entity_type
+                places[name] = places.get(name, 0) + 1 + change.size // self.place_bytes
+                self.settling += 1
+                queue.settling += 1
+                if outcome.blocks_key:
+                    queue.blocking += (change.seq,)
                 if isinstance(outcome, Committed):
                     self.settled((finished,))
                 else:
@@ -344,13 +351,9 @@ class KeyScheduler:
                     self._make_ready(queue)
                 elif self.deferred.watermarks:
                     self._consider_key_read(queue.key)
+        for name, ended in places.items():
+            self.window.end_use(name, ended)  # a type cannot speed up its marks
         return to_settle
-
-    def _settles(self, queue: KeyQueue, finished: Settlement) -> None:
-        self.settling += 1
-        queue.settling += 1
-        if finished.outcome.blocks_key:
-            queue.blocking += (finished.change.seq,)
 
     def interrupted(self, change: Change) -> None:
         """The handler of a started change was cut off. Only the table has its outcome, so its key is read again."""
@@ -361,7 +364,7 @@ class KeyScheduler:
         if queue.orphan:
             self._orphan_returned(queue)
             return
-        self.ownership.ended(change)
+        self.ownership.ended((change,))
         self._forget(change)
         self.reading.cut_off(key)
         # A waiting change is found again when it is due. Those behind it, or before it and visible since, are not.
@@ -386,8 +389,7 @@ class KeyScheduler:
         """These are in the table. The outcome there may differ from that with which the change finished."""
         if self.reading.under_way:
             self.reading.settled(batch)
-        for finished in batch:
-            queue = self._leave_window(finished.change)
+        for finished, queue in self._leave_window(batch):
             if queue.queued and not queue.running and not queue.settling and queue.after_settled:
                 self._make_ready(queue)
             self._drop_if_empty(queue)
@@ -396,18 +398,21 @@ class KeyScheduler:
 
     def dropped(self, batch: Sequence[Settlement]) -> None:
         """These outcomes, kept when the session was lost, are not written: other consumers own their shards."""
-        for finished in batch:
-            self._drop_if_empty(self._leave_window(finished.change))
+        for _, queue in self._leave_window(batch):
+            self._drop_if_empty(queue)
 
-    def _leave_window(self, change: Change) -> KeyQueue:
-        self.settling -= 1
-        self.window.vacate(1 + change.size // self.place_bytes)
-        self.ownership.ended(change)
-        queue = self._known.pop(change.seq)
-        queue.settling -= 1
-        if queue.blocking:
-            queue.blocks_no_more(change.seq)
-        return queue
+    def _leave_window(self, batch: Sequence[Settlement]) -> Iterator[tuple[Settlement, KeyQueue]]:
+        """Each with its queue, when that knows it no more."""
+        self.settling -= len(batch)
+        self.window.vacate(sum([1 + change.size // self.place_bytes for change, _ in batch]))
+        self.ownership.ended(map(_CHANGE, batch))
+        for finished in batch:
+            seq = finished.change.seq
+            queue = self._known.pop(seq)
+            queue.settling -= 1
+            if queue.blocking:
+                queue.blocks_no_more(seq)
+            yield finished, queue
 
     def key_reads(self, limit: int) -> list[KeyRead]:
         """Reads of deferred keys, of one type that has room, each requested once; answer with ``admit_key_read``."""

@@ -102,20 +102,26 @@ class SettleQueue:
         self._taken = dict(zip(map(_SEQ, batch), batch, strict=True))
         return batch if batch or self.wait_s(now) > 0 else self.take(limit, now)
 
-    def written(self, finished: Settlement) -> bool:
-        """It is in the table. False: it was not being written any more, as the session was lost."""
-        change = finished.change
-        if self._taken.pop(change.seq, None) is None:
-            return False
-        self._count -= 1
+    def written(self, batch: Iterable[Settlement]) -> list[Settlement]:
+        """These are in the table. Returns them without those that were not being written any more: put back, or of a
+        session that was lost.
+        """
+        taken = self._taken
+        done = [finished for finished in batch if taken.pop(finished.change.seq, None) is not None]
+        self._count -= len(done)
         if self.maybe_written:
-            self.maybe_written.discard(change.seq)
-        if self._held and (held := self._held.get(change.key)):
-            if held.waiting:
-                held.at = -inf
-            else:
-                del self._held[change.key]
-        return True
+            self.maybe_written.difference_update(finished.change.seq for finished in done)
+        if self._held:
+            for finished in done:
+                self._no_longer_held(finished.change.key)
+        return done
+
+    def _no_longer_held(self, key: Key) -> None:
+        held = self._held.get(key)
+        if held is not None and held.waiting:
+            held.at = -inf
+        elif held is not None:
+            del self._held[key]
 
     def split(self, batch: list[Settlement]) -> None:
         """One of several was rejected: write the halves next."""

@@ -91,10 +91,12 @@ class ShardOwnership:
     def started(self, change: Change) -> None:
         self._in_flight[change.shard] = self._in_flight.get(change.shard, 0) + 1
 
-    def ended(self, change: Change) -> None:
-        """The change has settled, or was cut off."""
-        left = self._in_flight[change.shard] - 1
-        if left:
-            self._in_flight[change.shard] = left
-        else:
-            del self._in_flight[change.shard]
+    def ended(self, changes: Iterable[Change]) -> None:
+        """These have settled, or were cut off."""
+        in_flight = self._in_flight
+        for change in changes:
+            shard = change.shard
+            if left := in_flight[shard] - 1:
+                in_flight[shard] = left
+            else:
+                del in_flight[shard]

@@ -97,13 +97,14 @@ class Batching:
     def _fits_into(self, batch: Sequence[Change]) -> Callable[[Change], bool]:
         """Whether a change may run together with the batch, and its documents fit into it."""
         counted, left = 0, _BATCH_BYTES
+        lost = self._executor.lost
 
         def fits(change: Change) -> bool:
             nonlocal counted, left
             while counted < len(batch):
                 left -= batch[counted].size
                 counted += 1
-            return not self.runs_alone(change) and change.size <= left
+            return change.size <= left and not (change.crashed or lost.has(change))
 
         return fits
 

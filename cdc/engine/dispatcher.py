@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, S
 from typing import Any
 
 from cdc.core.attempts import FailedAttempt
+from cdc.core.fast_change import fast_make
 from cdc.core.handler_permits import HandlerPermits
 from cdc.core.lost_transactions import LOSSES_MAX, Losses
 from cdc.core.model import Change, Dead, Key, Outcome
@@ -39,6 +40,7 @@ log = logging.getLogger("cdc.consumer")
 _CHANGES_PER_ITERATION = 100
 """Handlers that never wait would otherwise keep the event loop busy for a whole window."""
 _CUT_OFF_S = 5.0
+_SETTLEMENT = fast_make(Settlement)
 _NO_LIMITS: Mapping[str, HandlerPermits] = {}
 _ASK_AGAIN_S = 0.1
 """Until the change's lock or the server is free again; the key stays blocked meanwhile."""
@@ -222,7 +224,8 @@ class Dispatcher:
         if handler is not None and handler.name in self._permits and self._started:
             self._scheduler.ready_queues.begins(self._started[0])
         done, unfinished = self._executor.run_inline(handler, self._started, task)
-        self._report(done)
+        if done:
+            self._report(done)
         return len(done), unfinished
 
     async def _resume(self, task: asyncio.Task[None], handler: Handler | None, unfinished: PendingCall) -> None:
@@ -257,11 +260,11 @@ class Dispatcher:
         else:
             batch = [change]
             self._workers.tasks[task] = Run(handler, batch)
-            await self._execute(handler, batch)
+            await self._execute(task, handler, batch)
             self._workers.tasks[task] = NOTHING
 
-    async def _execute(self, handler: Handler | None, batch: list[Change]) -> None:
-        """Run a change, or the batch that is gathered around it, and report."""
+    async def _execute(self, task: asyncio.Task[Any], handler: Handler | None, batch: list[Change]) -> None:
+        """Run a change, or the batch that is gathered around it, and report. ``task``: the current one."""
         try:
             if handler is not None and handler.transactional:
                 async with self._batching.transactions[handler.is_async]:
@@ -270,7 +273,7 @@ class Dispatcher:
                 outcomes = await self._run(handler, batch)
         except asyncio.CancelledError as error:
             if not is_being_cancelled():  # nor did their call raise it
-                self._is_at(NOTHING)
+                self._workers.tasks[task] = NOTHING
                 self._escaped(batch, error)
                 return
             self._abandon(batch)
@@ -287,7 +290,7 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - see _bug
             outcomes = self._bug(handler, batch, error)
         self._crash_guard.returned([one for one in batch if one in outcomes])
-        self._report_outcomes(handler, batch, outcomes)
+        self._report_outcomes(task, handler, batch, outcomes)
 
     async def _run(self, handler: Handler | None, batch: list[Change]) -> dict[Change, Outcome]:
         latest = None
@@ -326,21 +329,20 @@ class Dispatcher:
             self._abandon([self._started.popleft()])
 
     def _report_outcomes(
-        self, handler: Handler | None, batch: Sequence[Change], outcomes: Mapping[Change, Outcome]
+        self,
+        task: asyncio.Task[Any],
+        handler: Handler | None,
+        batch: Sequence[Change],
+        outcomes: Mapping[Change, Outcome],
     ) -> None:
         left = [one for one in batch if one not in outcomes] if len(outcomes) < len(batch) else []
-        self._is_at(Run(handler, left))
+        # An error that escapes from here is about what has no outcome.
+        self._workers.tasks[task] = Run(handler, left) if left else NOTHING
         # In seq order within a key: they are settled in this order.
-        self._report([Settlement(one, outcomes[one]) for one in batch if one in outcomes])
-        self._is_at(NOTHING)
+        self._report([_SETTLEMENT((one, outcomes[one])) for one in batch if one in outcomes])
         if left:
+            self._workers.tasks[task] = NOTHING
             self._abandon(left)
-
-    def _is_at(self, run: Run) -> None:
-        """An error that escapes from this task is about these changes only."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._workers.tasks[task] = run
 
     def _report(self, batch: Sequence[Settlement]) -> None:
         if batch:
@@ -392,14 +394,16 @@ class Dispatcher:
     async def _execute_alone(self, handler: Handler | None, change: Change, outcome: Outcome | None) -> None:
         """``outcome``: without another attempt."""
         self._quarantine.attend()
+        task = asyncio.current_task()
+        assert task is not None
         if outcome and handler and handler.latest:
-            await self._give_up_all(handler, change, outcome)
+            await self._give_up_all(task, handler, change, outcome)
         elif outcome:
-            self._report_outcomes(handler, [change], {change: outcome})
+            self._report_outcomes(task, handler, [change], {change: outcome})
         else:
-            await self._execute(handler, [change])
+            await self._execute(task, handler, [change])
 
-    async def _give_up_all(self, handler: Handler, change: Change, outcome: Outcome) -> None:
+    async def _give_up_all(self, task: asyncio.Task[Any], handler: Handler, change: Change, outcome: Outcome) -> None:
         """The attempts were those of all that the next call would stand for."""
         try:
             latest = await self._batching.latest(handler, change, may_wait=False)
@@ -409,7 +413,7 @@ class Dispatcher:
             self._abandon([change])
             raise
         else:
-            self._report_outcomes(handler, [change], {change: latest.outcome(outcome)})
+            self._report_outcomes(task, handler, [change], {change: latest.outcome(outcome)})
 
     def _abandon(self, batch: Iterable[Change]) -> None:
         """Leave these without an outcome: only the table has it."""

@@ -304,7 +304,7 @@ class Executor:
     def _count(self, handler: Handler, outcomes: Mapping[Change, Outcome]) -> None:
         alike: dict[tuple[str, str], int] = {}
         for change, outcome in outcomes.items():
-            if not _is_away(outcome):  # counted with its call
+            if type(outcome) is not Waiting or outcome.counted:  # the others are counted with their call
                 kind = change.entity_type, _LABELS[type(outcome)]
                 alike[kind] = alike.get(kind, 0) + 1
         for (entity_type, label), changes in alike.items():

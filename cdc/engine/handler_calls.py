@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import cached_property, partial
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 from cdc.core.latest import Latest
 from cdc.core.lost_transactions import LostCalls
@@ -76,17 +76,23 @@ class HandlerCalls:
         limit = self._limits[handler.timeout_s or self._timeout_s]
         return await limit.call(call, started=started, of=Run(handler, changes))
 
-    async def run(
+    def run(
         self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], latest: Latest | None = None
-    ) -> Ran:
+    ) -> Coroutine[Any, Any, Ran]:
         """Call it with ``given``, which are ``changes`` as it gets them. Raises what it or its transaction raises.
 
         ``latest``: what the call for the only change stands for.
         """
+        if group := self._groups.get(handler.name):
+            return self._run_group(handler, changes, given, group)
         run = self._run if handler.is_async else self._run_in_thread
-        group = self._groups.get(handler.name)
-        if group is None:
-            return await run(handler, changes, given, causes=False, latest=latest)
+        return run(handler, changes, given, causes=False, latest=latest)
+
+    async def _run_group(
+        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], group: AdaptiveBatchSize
+    ) -> Ran:
+        """Calls that may share a transaction."""
+        run = self._run if handler.is_async else self._run_in_thread
         try:
             ran = await run(handler, changes, given, causes=group.captured)
         except MixedCausesError:
@@ -148,7 +154,8 @@ class HandlerCalls:
 
         job = self._jobs[changes[0].seq] = self._threads.submit(call, limit_s, overran)
         try:
-            return cast("Ran", await job.outcome())
+            ran: Ran = await job.outcome()
+            return ran
         finally:
             del self._jobs[changes[0].seq]
 

@@ -184,8 +184,7 @@ class Settler:
         if found:
             self._metrics.settle_duration.observe(now - began)
             self._metrics.settle_changes.observe(len(batch))
-            # Neither what was put back, nor any of a session that was lost during the settle.
-            done = list(filter(self._queue.written, batch))
+            done = self._queue.written(batch)
             self._scheduler.settled(done)
             if self._delay.since is not None and not self._queue.holds:
                 self._log_end_of_delay(now)

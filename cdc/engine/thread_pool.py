@@ -21,9 +21,16 @@ from cdc.runtime.cancelling import disregard, is_being_cancelled
 class Job:
     """A queued or running call. ``future`` brings what it returns or raises."""
 
-    def __init__(self, call: Callable[[], Any], limit_s: float | None, overran: Callable[[], None] | None) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        call: Callable[[], Any],
+        limit_s: float | None,
+        overran: Callable[[], None] | None,
+    ) -> None:
         self.call = call
-        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._loop = loop
+        self.future: asyncio.Future[Any] = loop.create_future()
         self._ended: tuple[Any, BaseException | None] | None = None
         self.started_at: float | None = None  # written by the thread, read by the event loop
         self.called_off = False
@@ -54,7 +61,7 @@ class Job:
                     self.call_off()
                     raise
                 await disregard()
-                self.future = asyncio.get_running_loop().create_future()
+                self.future = self._loop.create_future()
                 if self._ended:
                     _resolve(self.future, *self._ended)
 
@@ -70,6 +77,8 @@ class Threads:
 
     def __init__(self, size: int) -> None:
         self._size = size
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """To ask for the running one asks the kernel for the process, before Python 3.12."""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._started = 0
         self._busy = 0
@@ -77,6 +86,8 @@ class Threads:
         self._limited: set[Job] = set()
         self._timer: asyncio.TimerHandle | None = None
         """One timer for all of them, set for the first that could overrun; most never do."""
+        self._timer_s = 0.0
+        """How far ahead it was set: what is begun with a longer limit since then overruns later."""
         self._ended: deque[tuple[Job, Any, BaseException | None]] = deque()
         self._notified = False
         """The event loop is about to take in the ended jobs: waking it for each would cost more than many calls."""
@@ -88,15 +99,17 @@ class Threads:
 
         ``overran`` is called, on the event loop, if it is still running at its limit.
         """
-        job = Job(call, limit_s, overran)
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
+        job = Job(loop, call, limit_s, overran)
         self._busy += 1
         if self._busy > self._started < self._size:
             self._started += 1
-            loop = asyncio.get_running_loop()
             threading.Thread(target=self._run, args=[loop], name=f"cdc-handler-{self._started}", daemon=True).start()
         if limit_s is not None:
             self._limited.add(job)
-            self._watch(limit_s)
+            self._watch(loop, limit_s)
         self._jobs.put(job)
         return job
 
@@ -107,21 +120,23 @@ class Threads:
         for _ in range(self._started):
             self._jobs.put(None)
 
-    def _watch(self, left_s: float) -> None:
-        loop = asyncio.get_running_loop()
+    def _watch(self, loop: asyncio.AbstractEventLoop, left_s: float) -> None:
+        if self._timer is not None and left_s >= self._timer_s:
+            return
         if self._timer is None or self._timer.when() > loop.time() + left_s:
             if self._timer:
                 self._timer.cancel()
-            self._timer = loop.call_later(left_s, self._report_overruns)
+            self._timer_s = left_s
+            self._timer = loop.call_later(left_s, self._report_overruns, loop)
 
-    def _report_overruns(self) -> None:
+    def _report_overruns(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         for job in [job for job in self._limited if job.left_s() <= 0]:
             self._limited.discard(job)
             if job.overran and not job.called_off:
                 job.overran()
         if self._limited:
-            self._watch(min(job.left_s() for job in self._limited))
+            self._watch(loop, min(job.left_s() for job in self._limited))
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         while job := self._jobs.get():

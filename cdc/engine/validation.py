@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 from cdc.core.latest import Latest
 from cdc.core.model import Change, Filtered, Key, Outcome
@@ -13,6 +14,7 @@ from cdc.engine.error_policy import ErrorPolicy, TooDeepError
 from cdc.engine.handler_input import Prepare, preparations
 
 FILTERED = Filtered()
+_CHAIN = attrgetter("chain")
 
 
 class Validation:
@@ -39,7 +41,7 @@ class Validation:
         wait for it. ``latest``: what is called for the only change.
         """
         prepare = self._preparations.get(handler.name)
-        if prepare is None and not any(change.chain for change in changes):
+        if prepare is None and not any(map(_CHAIN, changes)):
             return changes, [latest.change] if latest else changes
         called: list[Change] = []
         given: list[Change] = []

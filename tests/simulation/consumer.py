@@ -517,7 +517,7 @@ class Consumer:
                         self._next_due_at = 0.0
                     if isinstance(finished.outcome, Waiting):
                         self._next_due_at = min(self._next_due_at, self._server.now + finished.outcome.delay_s)
-                self.scheduler.settled([finished for finished in batch if self._to_settle.written(finished)])
+                self.scheduler.settled(self._to_settle.written(batch))
             elif batch := self._to_settle.take(self._dice.choice([1, 3, 100])):
                 self._server.settle(session, batch)
         except SessionLostError:
