@@ -23,6 +23,7 @@ from tests.bench import (
     slot,
     snapshot,
     subscriptions,
+    web_interface,
     writers,
 )
 from tests.bench.report import Figure
@@ -77,6 +78,7 @@ SCENARIOS = {
         subscriptions.measure_idle,
         Turn.NAMED,
     ),
+    "ui": Scenario("each page of cdc ui, 200 consumers and a large history", web_interface.measure, Turn.NAMED),
     "start": Scenario("from the start of the process to its first change", memory.measure_start),
     "slot": Scenario("reading the slot, and pg_recvlogical beside it", slot.measure, Turn.ONCE),
     "snapshot": Scenario("the consumer while an old snapshot is held", snapshot.measure, Turn.ONCE),

@@ -87,6 +87,7 @@ TARGETS = (
     ),
     Target("20 idle subscriptions of 200, processor", "subscriptions-idle", "cpu", 2.0, "% of a core", at_most=True),
     Target("20 idle subscriptions of 200, statements", "subscriptions-idle", "statements", 5.0, "1/s", at_most=True),
+    Target("cdc ui, the slowest request for any page", "ui", "slowest request", 300, "ms", at_most=True),
     Target("two consumers, handlers that await 20 ms, to one", "consumers", "two to one", 1.8),
     Target("start to first change settled, nothing pending", "start", "start to first settled", 1.0, "s", at_most=True),
     Target("start to first change settled, large backlog", "backlog", "start to first settled", 2.0, "s", at_most=True),

@@ -65,7 +65,7 @@ def make_api(source: Source) -> FastAPI:
     )  # fmt: skip
     api.add_exception_handler(RequestValidationError, _does_not_fit)
     api.add_exception_handler(_FailedError, _failed)
-    api.add_exception_handler(StarletteHTTPException, _refused)
+    api.add_exception_handler(StarletteHTTPException, problem)
     api.state.source = source
     _reading(api)
     _reading_the_rest(api)
@@ -99,6 +99,15 @@ def _reading(api: FastAPI) -> None:
     def status(operations: Opened) -> dict[str, Any]:
         """Who works, how fast, and what is not processed: as `cdc status --json`."""
         return status_document(operations.status(), operations.schema)
+
+    @api.get("/activity", response_model=models.ActivityFound)
+    def activity(operations: Opened) -> dict[str, Any]:
+        """What was processed of late by type and operation, and what failed by handler and kind of error."""
+        failed = operations.failed()
+        return {
+            "processed": [{"handler": handler, **asdict(each)} for handler, each in operations.processed()],
+            "failed": None if failed is None else [asdict(each) for each in failed],
+        }
 
     @api.get("/changes", response_model=models.Changes)
     def changes(
@@ -260,7 +269,8 @@ def _decided(done: Done, actor: Actor) -> dict[str, Any]:
     return {"matching": done.count, "done": done.done, "others": others, "left": done.left, "command": actor.command}
 
 
-def _refused(_request: Request, error: Exception) -> JSONResponse:
+async def problem(_request: Request, error: Exception) -> JSONResponse:
+    """What no path or method is."""
     assert isinstance(error, StarletteHTTPException)
     return JSONResponse({"error": str(error.detail), "hint": "see /api/openapi.json"}, error.status_code, error.headers)
 

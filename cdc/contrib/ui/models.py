@@ -313,6 +313,36 @@ class LimitUse(BaseModel):
     wants: int
 
 
+class ProcessedOf(BaseModel):
+    """Of the last minute, by the default subscription. `handler`: where handlers are known. Latencies in seconds."""
+
+    handler: str | None
+    entity_type: str
+    operation: str
+    per_s: float
+    latency_p50_s: float | None
+    latency_p99_s: float | None
+
+
+class FailedOf(BaseModel):
+    """Of the last hour. `dead`: after so many of the attempts the change was dead. `more`: than were looked at."""
+
+    subscription: str
+    handler: str | None
+    error_kind: str
+    attempts: int
+    dead: int
+    last_at: datetime
+    more: bool
+
+
+class ActivityFound(BaseModel):
+    """`failed` is null where the role may not see it."""
+
+    processed: list[ProcessedOf]
+    failed: list[FailedOf] | None
+
+
 class ControlsInForce(BaseModel):
     controls: list[PauseShape]
     limits: list[LimitShape]

@@ -24,6 +24,7 @@ from cdc.diagnostics import doctor, status
 from cdc.diagnostics.facts import Subject
 from cdc.diagnostics.findings import Finding
 from cdc.postgres.actions import Action, ActionLog, Actor
+from cdc.postgres.activity import Activity, Failed, Processed
 from cdc.postgres.admin import Attempt, CauseLink, ChangeSummary, Filter, OutboxAdmin, Reference
 from cdc.postgres.backfill import UNFINISHED, Backfill, Backfills
 from cdc.postgres.bulk import Bulk, Round, Wanted
@@ -35,6 +36,8 @@ from cdc.postgres.rights import RoleRights, rights
 from cdc.postgres.search import Search, SearchPage, SearchPlace
 from cdc.postgres.subscription_admin import SubscriptionAdmin
 from cdc.postgres.subscriptions import SubscriptionProgress, Subscriptions
+from cdc.replication import slots
+from cdc.replication.slot_health import SlotReport
 
 Deed = Literal["retry", "discard", "replay"]
 BUDGET_S = 10.0
@@ -137,10 +140,10 @@ class Source:
         """Their names, where they are known."""
         return sorted({each.name for each in self.router.handlers.values()}) if self.router else []
 
-    def handler(self, entry: ChangeSummary) -> str | None:
-        """The one that gets the change, by its type and operation. None: nobody, or it is not known."""
+    def handler(self, entity_type: str, operation: str) -> str | None:
+        """The one that gets such changes. None: nobody, or it is not known."""
         try:
-            found = self.router and self.router.match(entry.entity_type, Operation(entry.operation))
+            found = self.router and self.router.match(entity_type, Operation(operation))
         except ValueError:
             return None
         return found.name if found else None
@@ -170,6 +173,17 @@ class Operations:
     def status(self) -> status.Status:
         return status.read(self._connection, self._schema, self._source.slot)
 
+    def slot(self) -> SlotReport | None:
+        return slots.snapshot(self._connection, self._source.slot)
+
+    def processed(self) -> list[tuple[str | None, Processed]]:
+        """With the handler of each, where that is known."""
+        found = Activity(self._schema).processed(self._connection)
+        return [(self._source.handler(each.entity_type, each.operation), each) for each in found]
+
+    def failed(self) -> list[Failed] | None:
+        return Activity(self._schema).failed(self._connection)
+
     def search(
         self, state: ChangeState, wanted: Wanted, limit: int, *, behind: SearchPlace | None, subscription: str | None
     ) -> SearchPage:
@@ -189,7 +203,8 @@ class Operations:
         entry = admin.show(self._connection, reference)
         return Shown(
             entry, admin.chain(self._connection, entry), admin.attempts(self._connection, entry),
-            admin.payload(self._connection, entry) if payload else None, self._source.handler(entry),
+            admin.payload(self._connection, entry) if payload else None,
+            self._source.handler(entry.entity_type, entry.operation),
         )  # fmt: skip
 
     def controls(self) -> list[Control]:

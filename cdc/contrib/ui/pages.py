@@ -7,12 +7,13 @@ nothing is done. Each has the token of its person (``access``), and the id of it
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
 from anyio.to_thread import run_sync
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
@@ -20,7 +21,7 @@ from starlette.routing import Route
 from cdc.contrib.ui import control_pages, forms
 from cdc.contrib.ui.access import Doors
 from cdc.contrib.ui.documents_diff import columns, text
-from cdc.contrib.ui.failures import described
+from cdc.contrib.ui.failures import RequestFailure, described
 from cdc.contrib.ui.forms import Fields, one
 from cdc.contrib.ui.operations import Operations, Source
 from cdc.contrib.ui.places import read_place, written_place
@@ -122,13 +123,21 @@ class Pages:
         )  # fmt: skip
         return HTMLResponse(page)
 
+    async def refused(self, request: Request, error: Exception) -> Response:
+        """For what is no page."""
+        assert isinstance(error, HTTPException)
+        failure = RequestFailure(error.status_code, f"there is no such page: {error.detail}", "see the links above")
+        return self._failure(request, failure, error.headers)
+
     def _failed(self, request: Request, error: Exception) -> Response:
-        failure = described(error)
+        return self._failure(request, described(error))
+
+    def _failure(self, request: Request, failure: RequestFailure, headers: Mapping[str, str] | None = None) -> Response:
         page = self._environment.get_template("failed.html").render(
             failure=failure, schema=self._source.schema, person=request.state.person, rights=None, path="",
             token=request.state.token,
         )  # fmt: skip
-        return HTMLResponse(page, failure.status)
+        return HTMLResponse(page, failure.status, headers)
 
     # --- pages that need the source --------------------------------------------------------------------------------
 
@@ -149,7 +158,10 @@ class Pages:
 def _overview(operations: Operations, _fields: Fields, _request: Request) -> Page:
     seen = operations.status()
     types = sorted(seen.outbox.stats.types, key=lambda each: (-each.dead, -each.waiting, -each.fresh))
-    return "overview.html", {"seen": seen, "types": types, "health": assess(seen.slot) if seen.slot else None}
+    return "overview.html", {
+        "seen": seen, "types": types, "health": assess(seen.slot) if seen.slot else None,
+        "processed": operations.processed(), "failed": operations.failed(), "subscriptions": seen.subscriptions or [],
+    }  # fmt: skip
 
 
 def _change(operations: Operations, fields: Fields, request: Request) -> Page:
@@ -188,7 +200,7 @@ def _doctor(operations: Operations, _fields: Fields, _request: Request) -> Page:
 
 
 def _with_findings(operations: Operations, findings: Any) -> Page:
-    slot = operations.status().slot
+    slot = operations.slot()
     health = assess(slot) if slot else None
     return "slot.html", {"slot": slot, "health": health, "findings": findings, "name": operations.slot_name}
 

@@ -8,11 +8,14 @@ import socket
 from collections.abc import AsyncIterator
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Mount
 from starlette.types import ASGIApp
 
 from cdc.contrib.ui.access import Access, Doors
-from cdc.contrib.ui.api import make_api
+from cdc.contrib.ui.api import make_api, problem
 from cdc.contrib.ui.operations import Source
 from cdc.contrib.ui.pages import Pages
 from cdc.core.errors import RefusedError
@@ -28,10 +31,16 @@ def make_app(source: Source, doors: Doors, *, listener: socket.socket | None = N
             log.info("the interface is on http://%s/", web_server.address(listener))
         yield
 
+    pages = Pages(source, doors)
+
+    async def refused(request: Request, error: Exception) -> Response:
+        # A mount does not match a path with a line break in it.
+        return await (problem if request.url.path.startswith("/api/") else pages.refused)(request, error)
+
     app = Starlette(
-        routes=[*Pages(source, doors).routes(), Mount("/api", make_api(source))],
-        lifespan=lifespan,
-    )
+        routes=[*pages.routes(), Mount("/api", make_api(source))],
+        lifespan=lifespan, exception_handlers={HTTPException: refused},
+    )  # fmt: skip
     return Access(app, doors)
 
 

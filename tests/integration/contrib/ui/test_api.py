@@ -14,13 +14,14 @@ from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.generation import GenerationMode
 
 from cdc.core.pauses import Pause
+from cdc.core.router import Router
 from cdc.postgres.actions import ActionLog
 from cdc.postgres.controls import Controls
 from tests.commands import answer, invoke
 from tests.commands_subscription import create
 from tests.fix_consumer import states
 from tests.fix_outbox import fill
-from tests.fix_ui import ask, failed
+from tests.fix_ui import ask, failed, serving
 
 WHY = {"because": "a test"}
 
@@ -95,6 +96,29 @@ def test_pauses_are_set_and_ended(interface: str, outbox_db: psycopg.Connection)
     assert ask(interface, "/api/pauses/resume", {"type": "other", **WHY})[0] == 404
     status, ended, _ = ask(interface, "/api/pauses/resume", {"handler": "mail", **WHY})
     assert (status, len(ended["resumed"]), ended["left"]) == (200, 1, [])
+
+
+def test_it_says_what_was_done_of_late_by_handler_and_type(outbox: str, outbox_db: psycopg.Connection) -> None:
+    router = Router()
+    router.on("task", "INSERT", name="assign")(lambda _change: None)
+    fill(outbox_db, 4, days=-0.1)  # later than now, so that the minute does not end
+    outbox_db.execute("UPDATE entity_changes SET changed_at = processed_at - 2 * seq * interval '1 s'")
+    outbox_db.execute("UPDATE entity_changes SET entity_type = 'task'")
+    outbox_db.execute(
+        "INSERT INTO change_attempts (seq, subscription, attempt, handler, ended_at, outcome, error_kind, error_class,"
+        " error_text) SELECT n, 'default', 1, 'assign', now() - n * interval '20 min', CASE n WHEN 2 THEN 'dead' ELSE"
+        " 'retried' END, 'KeyError', 'builtins.KeyError', 'x' FROM generate_series(5, 0, -1) AS n"
+    )
+    with serving(outbox, router=router) as address:
+        _, found, _ = ask(address, "/api/activity")
+    [done] = found["processed"]
+    assert (done["handler"], done["entity_type"], done["operation"]) == ("assign", "task", "INSERT")
+    assert done["per_s"] == pytest.approx(4 / 60)
+    assert (done["latency_p50_s"], done["latency_p99_s"]) == (pytest.approx(5), pytest.approx(7.94))
+    [failure] = found["failed"]
+    assert (failure["handler"], failure["error_kind"], failure["attempts"], failure["dead"], failure["more"]) == (
+        "assign", "KeyError", 3, 1, False
+    )  # fmt: skip
 
 
 def test_limits_are_set_changed_and_removed(interface: str, outbox_db: psycopg.Connection) -> None:

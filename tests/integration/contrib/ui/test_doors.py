@@ -72,6 +72,17 @@ def test_what_no_page_of_ours_sends_is_refused_without_a_fault(interface: str) -
         assert ask(interface, path)[0] == 400, path
 
 
+def test_what_is_no_page_is_said_in_the_form_that_was_asked_for(interface: str) -> None:
+    for path in ("/api/changes/a%0Ab", "/api/%0A", "/api/nothing", "/api/changes/1/2"):
+        status, said, _ = ask(interface, path)
+        assert (status, said["error"]) == (404, "Not Found"), path
+    for path in ("/nothing", "/changes/1/2", "/style.css/x"):
+        status, said, _ = ask(interface, path)
+        assert status == 404
+        assert "there is no such page" in said, path
+    assert ask(interface, "/decide")[0] == 405
+
+
 @pytest.mark.parametrize("options", [("--ui-host", "0.0.0.0"), ("--ui-host", "::")])
 def test_it_listens_beyond_this_machine_with_a_login_only(outbox: str, options: tuple[str, str]) -> None:
     said = refused(outbox, "ui", "--ui-port", "0", *options)

@@ -14,8 +14,11 @@ from playwright.sync_api import Browser, Page, expect
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from cdc.core.model import SHARDS
 from cdc.core.router import Router
 from cdc.postgres.actions import ActionLog
+from cdc.postgres.shard_locks import lock_class
+from tests.commands_subscription import create
 from tests.fix_consumer import states
 from tests.fix_outbox import fill
 from tests.fix_ui import ask, because, failed, serving
@@ -129,6 +132,36 @@ def test_pauses_are_set_and_ended(interface: str, page: Page, outbox_db: psycopg
     because(page, "done", "Resume")
     expect(page.get_by_text("Nothing is paused.")).to_be_visible()
     assert [each.action for each in ActionLog("public").latest(outbox_db, 10)] == ["resume", "pause"]
+
+
+def test_the_overview_has_every_consumer_and_subscription_and_what_is_done_and_fails(
+    outbox: str, page: Page, outbox_db: psycopg.Connection
+) -> None:
+    create(outbox, "search")
+    fill(outbox_db, 6, days=-0.1)  # later than now, so that the minute does not end
+    outbox_db.execute(
+        "INSERT INTO change_attempts (seq, subscription, attempt, handler, outcome, error_kind, error_class,"
+        " error_text) VALUES (1, 'search', 1, 'index', 'dead', 'ConnectionError', 'builtins.ConnectionError', 'x')"
+    )
+    class_, another = lock_class("public"), lock_class("public", 1)
+    for each in (class_, another, another):
+        outbox_db.execute("SELECT pg_advisory_lock_shared(%s, %s)", [each, SHARDS])
+    [(database,)] = outbox_db.execute("SELECT current_database()").fetchall()
+    with serving(outbox) as address:
+        page.goto(address)
+        header = page.locator("header")
+        for text in (database, "schema public", f"port {outbox_db.info.port}"):
+            expect(header).to_contain_text(text)
+        expect(page.get_by_text("2 consumers", exact=True)).to_be_visible()
+        for region, cells in (
+            ("Processed, of the last minute", ["x", "INSERT", "0.10"]),
+            ("Failed attempts, of the last hour", ["index", "ConnectionError", "search", "1", "1"]),
+            ("Subscriptions", ["search", "running", "6", "", "0", "0", "1"]),
+            ("Consumers", [str(outbox_db.info.backend_pid), "0"]),
+        ):
+            row = page.get_by_role("region", name=region, exact=True).locator("tbody tr")
+            expect(row).to_have_count(1)
+            assert row.locator("td").all_inner_texts()[: len(cells)] == cells, region
 
 
 def test_pages_follow_each_other_without_a_gap(interface: str, page: Page, outbox_db: psycopg.Connection) -> None:
