@@ -156,10 +156,11 @@ class ReadPlanner:
     # --- in --------------------------------------------------------------------------------------------------------
 
     def acquired(self, acquired: Acquired) -> None:
-        """Sweep these shards from their first change on, at once."""
+        """Sweep these shards from their floors on, at once."""
         for number in acquired.shards:
+            floor = acquired.floors.get(number, 0)
             for of_shards in (self._shards, *self.throttled.values()):
-                of_shards.setdefault(number, ShardCursor(self._serial, self._cursor_due))
+                of_shards.setdefault(number, ShardCursor(self._serial, self._cursor_due, floor))
 
     def revoked(self, shards: Collection[int]) -> None:
         for number in shards:

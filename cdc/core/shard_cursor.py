@@ -10,6 +10,8 @@ number n, only transactions without an end may still bring numbers below n; once
 alive, are not walked again. A number is drawn after its transaction got its id (the capture trigger fires after the row
 was written). Rows inserted by hand need not follow that order: a full pass, once in a while, finds them.
 
+The first pass begins at the floor that the owners before have kept (``kept_floor``); a full pass begins at zero.
+
 So a position says: of the rows up to the cursor, those of transactions below ``since`` have been read, and of the rows
 up to the floor, all. The same holds for any part of the rows. So a part may be *split* off with a copy of the position,
 and *joined* again when it has caught up, at the lower of the two.
@@ -77,7 +79,7 @@ class ShardCursor:
         "since",
     )
 
-    def __init__(self, serial: int, on_due: Callable[[], None]) -> None:
+    def __init__(self, serial: int, on_due: Callable[[], None], floor: int = 0) -> None:
         self.on_due = on_due
         self.acquired_at_serial = serial
         """The last sweep that was requested before the shard was acquired: it may belong to an earlier ownership."""
@@ -86,7 +88,8 @@ class ShardCursor:
         self.behind = True
         """No pass has been completed since the beginning, or since a change could not be taken in. Then, until
         ``repass_at``, no wake-up begins one."""
-        self.floor = self.seq = self.since = 0
+        self.floor = self.seq = floor
+        self.since = 0
         self.candidate: tuple[int, int] | None = None
         """(number, id): the number becomes the floor once xmin has reached that id."""
         self.live = False

@@ -8,8 +8,9 @@ A shard is *owned* for as long as this process holds its lock, and *active* whil
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from cdc.core.model import Change
@@ -18,12 +19,15 @@ from cdc.core.model import Change
 class Acquired(NamedTuple):
     """Shards that were locked: which of them had an owner that died, by ``at`` of the database's clock, and which
     this process had before, with no other owner since.
+
+    ``floors``: by shard, the number below which, and at which, nothing is fresh or still to come. None: 0.
     """
 
     shards: Collection[int]
     orphaned: Collection[int] = ()
     kept: Collection[int] = ()
     at: datetime = datetime.min.replace(tzinfo=UTC)
+    floors: Mapping[int, int] = MappingProxyType({})
 
 
 class ShardListener(Protocol):

@@ -53,6 +53,8 @@ BARRIER_RIGHTS = ("SELECT", "UPDATE", "DELETE")
 """The same on cdc_barriers."""
 POSITION_RIGHTS = ("SELECT", "UPDATE")
 """The same on cdc_positions, for a consumer of a subscription."""
+FLOOR_RIGHTS = ("SELECT", "INSERT", "UPDATE")
+"""The same there, for a consumer of the default subscription, whose rows are made as they are needed."""
 SUBSCRIPTION_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 """The same on cdc_subscription_changes."""
 KEEPING = (SUBSCRIPTIONS, POSITIONS, SUBSCRIPTION_CHANGES)
@@ -134,7 +136,7 @@ def consumer(role: str, *, retention: bool = False, publish: bool = False, scrip
         Right(SHARD_RIGHTS, SHARDS),
         Right(BARRIER_RIGHTS, BARRIERS),
         Right(("SELECT",), SUBSCRIPTIONS),
-        Right(POSITION_RIGHTS, POSITIONS),
+        Right(FLOOR_RIGHTS, POSITIONS),
         Right(SUBSCRIPTION_RIGHTS, SUBSCRIPTION_CHANGES),
         Right(("SELECT",), CONTROLS),
         Right(ATTEMPT_RIGHTS, ATTEMPTS),

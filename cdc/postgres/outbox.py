@@ -30,6 +30,7 @@ from cdc.core.subscription import DEFAULT
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.postgres import grants
 from cdc.postgres.coalesced import CoalescedChanges
+from cdc.postgres.kept_floors import KeptFloors
 from cdc.postgres.outcomes import Divided, divide, settle_values
 from cdc.postgres.pages import (
     COUNT_BOUND,
@@ -43,7 +44,7 @@ from cdc.postgres.pages import (
     change_row,
     ended_by,
     page_of,
-)
+)  # fmt: skip
 from cdc.postgres.sql_files import NONE_STANDS, load
 from cdc.postgres.unreadable import RefusedReadError, RefusedRows, may_be_refused
 from cdc.postgres.watched import WatchedConnection, rows_of
@@ -83,6 +84,10 @@ FIRST_TYPE, _LAST_TYPE = -(1 << 63), (1 << 63) - 1
 """Waiting types are visited in the order of their hashes."""
 TYPES_MAX = 1_000
 """Types that one read of due changes visits: some 20 ms, however many there are."""
+_RIGHTS = {
+    "state": list(grants.STATE), "shard_rights": list(grants.SHARD_RIGHTS), "floor_rights": list(grants.FLOOR_RIGHTS),
+    "barrier_rights": list(grants.BARRIER_RIGHTS), "attempt_rights": list(grants.ATTEMPT_RIGHTS),
+}  # fmt: skip
 _NO_CHAIN = "what led to it cannot be read"
 _CHAIN_MAX = 100
 """Changes that a chain names: more do not fit into last_error."""
@@ -116,6 +121,7 @@ class Store:
         self.scope = scope
         self._everything = scope.everything
         self._table = sql.Identifier(schema, "entity_changes").as_string(None)
+        self._floors = KeptFloors(schema)
         self._option = "" if schema == "public" else f" --schema {shlex.quote(schema)}"
 
     async def check(self, reader: psycopg.AsyncConnection, *, settles: bool = True) -> None:
@@ -141,9 +147,7 @@ class Store:
         if not settles:
             return
         try:
-            rights = {"state": list(grants.STATE), "shard_rights": list(grants.SHARD_RIGHTS), "barrier_rights":
-                      list(grants.BARRIER_RIGHTS), "attempt_rights": list(grants.ATTEMPT_RIGHTS)}  # fmt: skip
-            denied = await self._rows(reader, "missing_rights", rights)
+            denied = await self._rows(reader, "missing_rights", _RIGHTS)
         except (errors.UndefinedTable, errors.UndefinedFunction) as missing:
             raise SchemaError(
                 f"the outbox does not fit this version: {missing.diag.message_primary}",
@@ -155,6 +159,7 @@ class Store:
                 f"the role may not settle changes: it has no {', no '.join(lacking)}",
                 hint=f"run: cdc db grant{self._option} --consumer ROLE",
             )
+        self._floors.begin()
 
     async def _refuse_filtered(self, reader: psycopg.AsyncConnection) -> None:
         """Filtered rows would look like an outbox without work."""
@@ -193,12 +198,11 @@ class Store:
     async def sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> OutboxPage:
         positions = sweep.positions.values()
         parameters: dict[str, Any] = {
-            "shards": as_array(sweep.positions),
+            "shards": as_array(sweep.positions), "per_shard": sweep.per_shard,
             "floors": as_array(position.floor for position in positions),
             "cursors": as_array(position.cursor for position in positions),
             "since": as_array(_xid(position.since) for position in positions),
-            "per_shard": sweep.per_shard,
-        }
+        }  # fmt: skip
         if not sweep.scope.everything:
             return await self._sweep_some(reader, sweep, parameters)
         page = await self._page(reader, await self._rows(reader, "sweep", parameters))
@@ -234,12 +238,9 @@ class Store:
     ) -> dict[KeyRead, KeyPage]:
         """The next ``per_key`` changes of each key."""
         parameters = {
-            "shards": [each.shard for each in key_reads],
-            "types": [each.key[0] for each in key_reads],
-            "ids": [each.key[1] for each in key_reads],
-            "seqs": [each.seq for each in key_reads],
-            "per_key": per_key,
-        }
+            "shards": [each.shard for each in key_reads], "types": [each.key[0] for each in key_reads],
+            "ids": [each.key[1] for each in key_reads], "seqs": [each.seq for each in key_reads], "per_key": per_key,
+        }  # fmt: skip
         records = await self._rows(reader, "read_keys", parameters)
         fitting = [record for record in records if record[3] is not None]
         cut = {record[0] for record in records if record[3] is None}
@@ -294,6 +295,7 @@ class Store:
         which another session holds a change.
         """
         failpoints.here("settle.before_commit")
+        self._floors.settled()
         locked: list[Settlement] = []
         if around_locks:
             async with session.transaction():
@@ -367,11 +369,10 @@ class Store:
         What the transaction writes from then on is caused by ``cause``.
         """
         return self._statements["take"], {
-            "ids": as_array(change.id for change in changes),
+            "ids": as_array(change.id for change in changes), "cause": cause.cause,
             "requeued": as_array(change.requeued for change in changes),
             "failures": as_array(change.attempt - 1 for change in changes),
-            "cause": cause.cause,
-        }
+        }  # fmt: skip
 
     def cause(self, change: Change) -> tuple[bytes, dict[str, Any]]:
         """What the transaction writes from now on is caused by this change."""
@@ -379,6 +380,7 @@ class Store:
 
     def mark(self, changes: Sequence[Change], xid: str) -> tuple[bytes, dict[str, Any]]:
         """The statement that marks what ``take`` locked, if the transaction still has this id."""
+        self._floors.settled()
         return self._statements["mark"], {"ids": as_array(change.id for change in changes), "xid": xid}
 
     async def start(
@@ -389,11 +391,9 @@ class Store:
         Returns the ids of the changes recorded: without those that another session has locked or settled.
         """
         parameters = {
-            "ids": [change.id for change in changes],
-            "failures": [change.attempt - 1 for change in changes],
-            "errors": [CRASHED if change.crashed else None for change in changes],
-            "handlers": list(handlers),
-        }
+            "ids": [change.id for change in changes], "failures": [change.attempt - 1 for change in changes],
+            "errors": [CRASHED if change.crashed else None for change in changes], "handlers": list(handlers),
+        }  # fmt: skip
         return {id_ for (id_,) in await self._rows(session, "start", parameters)}
 
     async def unstart(self, session: psycopg.AsyncConnection, changes: Sequence[Change]) -> None:
@@ -409,11 +409,11 @@ class Store:
         return Suspicion.AGAIN if found[0][0] else Suspicion.ONCE
 
     def may_advance(self, now: float) -> bool:
-        """Whether ``advance`` has something to do: the default subscription keeps its progress with its changes."""
-        return False
+        return self._floors.may_move(now)
 
     async def advance(self, session: psycopg.AsyncConnection, shards: Collection[int]) -> None:
-        """Move the positions of these shards, on the session that owns them."""
+        """Move the floors of these shards, on the session that owns them."""
+        await self._floors.move(session, shards)
 
     def figures(self, connection: psycopg.Connection) -> Figures:
         """For the stats poller; bounded however large the table is."""

@@ -115,6 +115,13 @@ FROM unnest(%(barrier_rights)s::text[]) AS r(name)
 WHERE NOT has_table_privilege({barriers_regclass}::regclass, name)
 HAVING count(*) > 0
 UNION ALL
+SELECT string_agg(name, ', '), {positions_regclass}
+FROM unnest(%(floor_rights)s::text[]) AS r(name)
+WHERE NOT has_table_privilege({positions_regclass}::regclass, name)
+HAVING count(*) > 0
+UNION ALL
+SELECT 'SELECT', {numbers_regclass} WHERE NOT has_sequence_privilege({numbers_regclass}::regclass, 'SELECT')
+UNION ALL
 {missing_of_attempts}
 UNION ALL
 SELECT 'EXECUTE', 'FUNCTION ' || {barred_regprocedure}

@@ -155,7 +155,7 @@ SELECT shard FROM (
 WHERE pg_try_advisory_lock(%(key)s, shard)
 """
 
-# The inner query still sees the owners from before.
+# The inner query still sees the owners from before. A floor above all numbers is of before these started over.
 _REGISTER = """
 WITH before AS (
   SELECT shard, owner FROM {shards} WHERE shard = ANY (%(shards)s::int[])
@@ -164,7 +164,12 @@ WITH before AS (
   ON CONFLICT (shard) DO UPDATE SET owner = excluded.owner, since = excluded.since
 )
 SELECT ARRAY (SELECT shard::int FROM before WHERE owner <> %(owner)s),
-       ARRAY (SELECT shard::int FROM before WHERE owner = %(owner)s), now()
+       ARRAY (SELECT shard::int FROM before WHERE owner = %(owner)s), now(),
+       ARRAY (
+         SELECT ARRAY[p.shard, p.seq] FROM {positions} AS p CROSS JOIN {numbers} AS drawn
+         WHERE p.subscription = 0 AND p.shard = ANY (%(shards)s::int[])
+           AND p.seq < drawn.last_value + drawn.is_called::int
+       )
 """
 
 _OTHERS = """
@@ -182,7 +187,7 @@ WITH before AS (
   WHERE subscription = %(subscription)s AND shard = ANY (%(shards)s::int[])
 )
 SELECT ARRAY (SELECT shard::int FROM before WHERE owner <> %(owner)s),
-       ARRAY (SELECT shard::int FROM before WHERE owner = %(owner)s), now()
+       ARRAY (SELECT shard::int FROM before WHERE owner = %(owner)s), now(), '{{}}'::bigint[]
 """
 _OTHERS_READER = """
 SELECT shard FROM unnest(%(shards)s::int[]) AS shard
@@ -316,6 +321,8 @@ class ShardSession:
         names = {
             "shards": table(schema, "cdc_shards" if subscription == DEFAULT else "cdc_positions"),
             "subscriptions": table(schema, "cdc_subscriptions"),
+            "positions": table(schema, "cdc_positions"),
+            "numbers": table(schema, "entity_changes_seq_seq"),
             "table_of_controls": table(schema, "cdc_controls"),
         }  # fmt: skip
         polled = _POLL if subscription == DEFAULT else _POLL.replace("'processed'", "'seq'")
@@ -397,10 +404,10 @@ class ShardSession:
         """
         self.unregistered = self.unregistered or await self._lock(limit)
         failpoints.here("shards.after_lock")
-        [(orphaned, kept, at)] = await self._rows(self._register, self._owning(self.unregistered))
+        [(orphaned, kept, at, floors)] = await self._rows(self._register, self._owning(self.unregistered))
         shards, self.unregistered = self.unregistered, []
         failpoints.here("shards.after_register")
-        return Acquired(shards, orphaned, kept, at)
+        return Acquired(shards, orphaned, kept, at, dict(floors))
 
     async def _lock(self, limit: int) -> list[int]:
         try:

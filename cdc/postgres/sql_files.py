@@ -27,13 +27,14 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
 
     These are ``{changes}``, the table, and ``{every_column}`` of it; ``{regclass}``, its name as a literal;
     ``{backfills}``, the table of backfills; ``{due_changes}``, that of what is due later, and its function
-    ``{publish_due}``; ``{barriers}``, that of changes of whole tables that are not settled, ``{barriers_regclass}``,
-    ``{is_barred}``, a function, and ``{barred_regprocedure}``; ``{is_table_function}``, an expression;
-    ``{shards_regclass}``, the same for the table of owners; ``{subscriptions}``, ``{positions}`` and
+    ``{publish_due}``; ``{barriers}``, that of changes of whole tables that are not settled,
+    ``{barriers_regclass}``, ``{is_barred}``, a function, and ``{barred_regprocedure}``; ``{is_table_function}``, an
+    expression; ``{shards_regclass}``, the same for the table of owners; ``{subscriptions}``, ``{positions}`` and
     ``{subscription_changes}``, the tables of subscriptions, and the last two with ``_regclass``; ``{numbers}``, the
-    sequence of ``seq``; ``{controls}``, the table of what is paused; ``{limit_leases}``, that of what is leased of
-    limits; ``{attempts}``, that of failed attempts, also with ``_regclass``; ``{actions}``, that of what operators have
-    done; and blocks that are expressions, from the same file or from outbox.sql. ``instead``: in place of the blocks of
+    sequence of ``seq``, also with ``_regclass``; ``{controls}``, the table of what is paused; ``{limit_leases}``,
+    that of what is leased of limits; ``{attempts}``, that of failed attempts, also with ``_regclass``;
+    ``{actions}``, that of what operators have done; and blocks that are expressions, from the same file or from
+    outbox.sql. ``instead``: in place of the blocks of
     these names.
     """
     names = {
@@ -55,6 +56,7 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
             sql.Literal(sql.Identifier(schema, "cdc_subscription_changes").as_string())
         ),
         "numbers": table(schema, "entity_changes_seq_seq"),
+        "numbers_regclass": _in_text(sql.Literal(sql.Identifier(schema, "entity_changes_seq_seq").as_string())),
         "controls": table(schema, "cdc_controls"),
         "limit_leases": table(schema, "cdc_limit_leases"),
         "attempts": table(schema, "change_attempts"),

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from cdc.core.admission import Row
 from cdc.core.deferred_keys import KeyRead
+from cdc.core.kept_floor import KeptFloor
 from cdc.core.latest import Latest, latest
 from cdc.core.model import Change, Coalesced, Committed, Dead, Operation, Outcome, Processed, Snoozed, Waiting, WakeUp
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
@@ -141,6 +142,7 @@ class Consumer:
         self._answer: Callable[[], None] | None = None
         self._reading = ExitStack()
         self._slow = 0
+        self._floor, self._drew = KeptFloor(), False
         self._next_due_at = 0.0
         self._restart_due = False
 
@@ -163,6 +165,7 @@ class Consumer:
         assert self.session
         self._server.end_session(self.session)
         self.session = self._looked = self._answer = None
+        self._floor, self._drew = KeptFloor(), False
         self._reading.close()
         self._unsettled.clear()
         self._stood_for.clear()
@@ -196,13 +199,30 @@ class Consumer:
     def _move(self, session: Session, members: int, free: int) -> None:
         move = balance(members, self.ownership.owned, free, shards=SHARDS)
         if move.acquire and (taken := self._server.acquire_shards(session, move.acquire, self._dice)):
-            self.ownership.acquire(Acquired(taken))
+            floors = {shard: self._server.floors[shard] for shard in taken}
+            self._promises.happened["a shard was read from a kept floor on"] += sum(map(bool, floors.values()))
+            self.ownership.acquire(Acquired(taken, floors=floors))
             self._next_due_at = 0.0
         self.ownership.revoke(move.release)
         if idle := self.ownership.idle():
             self._server.release_shards(session, idle)
             self._promises.happened["a shard was given away"] += len(idle)
             self.ownership.released(idle)
+
+    def keep_floors(self) -> int:
+        """Look up the number drawn last at one step, and move the floors at a later one. Returns how many moved."""
+        if self.session is None or self._server.positions:
+            return 0
+        if not self._drew:
+            self._floor.drew(self._server.last_drawn)
+            self._drew = True
+            return 0
+        self._drew = False
+        try:
+            return self._server.move_floors(self.session, self._floor)
+        except SessionLostError:
+            self._end_connection()
+            return 0
 
     # --- wake-ups --------------------------------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ class Simulation:
             self._read: 12 * each, self._start: 8 * each, self._advance: 12 * each, self._settle: 8 * each,
             self._notice: each, self._notice_stream: each, self._end_vanished: 0.5,
             self._move_positions: 2.0 * sum(bool(reader.positions) for reader in self.outbox.readers),
-            self._cut_stream: lossy, self._lose_relayed: 2 * lossy,
+            self._keep_floors: each, self._cut_stream: lossy, self._lose_relayed: 2 * lossy,
             self._end_a_session: 0.3 * trouble, self._kill: 0.2 * trouble, self._restart_server: 0.05 * trouble,
             self._cut_off_handler: trouble, self._requeue: 0.3 * trouble, self._replay: 0.5,
         }  # fmt: skip
@@ -281,6 +281,10 @@ class Simulation:
         reader = self._dice.choice([reader for reader in self.outbox.readers if reader.positions])
         if reader.sessions:
             self.happened["a position moved"] += reader.move_positions(self._dice.choice(reader.sessions))
+
+    def _keep_floors(self) -> None:
+        consumer = self._any()
+        self.happened["a floor moved"] += consumer.keep_floors()
 
     def _tick(self) -> None:
         self.outbox.pass_time(self._dice.choice([0.001, 0.01, 0.1, 1.0]))

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import count
+from math import inf
 from typing import NamedTuple
 from uuid import UUID
 
 from cdc.core.admission import Row
 from cdc.core.deferred_keys import KeyRead
+from cdc.core.kept_floor import KeptFloor
 from cdc.core.model import Change, Coalesced, Dead, Operation, Processed, Waiting, WakeUp
 from cdc.core.read_planner import Sweep
 from cdc.core.read_reconciler import Settlement
@@ -149,6 +151,8 @@ class Server:
         self.now = 0.0
         self.positions: dict[int, _Position] = {n: _Position() for n in range(SHARDS)} if positions else {}
         """By shard, those of a subscription: what is at or below one is not fresh, whatever its row says."""
+        self.floors = dict.fromkeys(range(SHARDS), 0)
+        """By shard, where the next owner begins to read, if this is the default subscription."""
         self.rows: dict[int, Record] = {}
         self.unsettled: dict[str, dict[int, Record]] = {}
         """Key -> its rows that are neither processed nor dead, visible or not."""
@@ -310,6 +314,23 @@ class Server:
             if at.candidate is None:
                 reached = fresh[0] - 1 if fresh else max((row.seq for row in there), default=0)
                 at.candidate, at.needs = (reached if reached > at.seq else None), snapshot.next_xid
+        return moved
+
+    @property
+    def last_drawn(self) -> int:
+        return self._next_seq - 1
+
+    def move_floors(self, session: Session, floor: KeptFloor) -> int:
+        """As the statement of the default subscription does. Returns how many have moved."""
+        self._must_live(session)
+        moved, snapshot = 0, self.snapshot()
+        proved = floor.candidate if snapshot.xmin >= floor.needs else floor.proved
+        for shard in session.shards:
+            first = min((row.seq for row in self.visible() if row.state == "fresh" and row.shard == shard), default=inf)
+            reached = int(min(proved, first - 1))
+            moved += reached > self.floors[shard]
+            self.floors[shard] = max(self.floors[shard], reached)
+        floor.looked(snapshot)
         return moved
 
     def _row(self, record: Record) -> Row:

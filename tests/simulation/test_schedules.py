@@ -7,6 +7,8 @@ from collections import Counter
 
 import pytest
 
+from cdc.core.kept_floor import KeptFloor
+from cdc.core.shard_cursor import Snapshot
 from tests.simulation.__main__ import broken
 from tests.simulation.schedule import Simulation
 from tests.simulation.server import Server, Session
@@ -22,6 +24,7 @@ _WORTH_PLAYING = {
     "a replay started", "a replay overtook what was not there",
     "a call stood for several changes", "a change had been coalesced", "a change was put off",
     "a call waited for what had become visible late",
+    "a floor moved", "a shard was read from a kept floor on",
     "a schedule had several readers", "a replay was for one reader",
 }  # fmt: skip
 
@@ -45,6 +48,17 @@ def test_a_position_that_does_not_wait_for_late_commits_is_found_out(monkeypatch
 
     monkeypatch.setattr(Server, "move_positions", careless)
     assert next(broken(range(1, 200)), None) is not None
+
+
+def test_a_floor_that_does_not_wait_for_late_commits_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = KeptFloor.looked
+
+    def careless(floor: KeptFloor, snapshot: Snapshot) -> None:
+        looked(floor, snapshot)
+        floor.needs = 0
+
+    monkeypatch.setattr(KeptFloor, "looked", careless)
+    assert next(broken(range(1, 400)), None) is not None
 
 
 @pytest.mark.parametrize("consumers", [1, 3])

@@ -171,13 +171,15 @@ def test_the_oldest_that_could_run_is_looked_for_among_the_first_of_each_shard(o
 
 _STATEMENTS = {
     **load("outbox.sql", "public"),
+    **{f"floors {name}": text for name, text in load("kept_floors.sql", "public").items()},
     **{f"coalesced {name}": text for name, text in load("coalesced.sql", "public").items()},
 }
 _NO_TABLE = {
     "cause": "sets a setting", "coalesced indexed": "sets settings", "check": "LIMIT 0",
-    "missing_rights": "asks the catalog", "filtered": "asks the catalog",
+    "missing_rights": "asks the catalog", "filtered": "asks the catalog", "floors drawn": "asks the sequence",
 }  # fmt: skip
 _INDEXES = {
+    "floors move": {"fresh"},
     "chains": {"pkey"},
     "coalesced ask": {"pkey", "fresh", "holding_back"},
     "coalesced locked": {"pkey", "fresh"},
