@@ -1,7 +1,8 @@
--- What is there before the consumer comes: the application with its tables, and a role for the consumer.
+-- What is there before the consumer comes: the application with its tables, and roles for the consumer and for operators.
 
 CREATE ROLE app LOGIN PASSWORD 'for-this-machine';
 CREATE ROLE cdc LOGIN REPLICATION PASSWORD 'for-this-machine';
+CREATE ROLE ops LOGIN PASSWORD 'for-this-machine';
 -- The schema is the application's, and nobody else makes anything in it.
 ALTER SCHEMA public OWNER TO app;
 REVOKE CREATE ON SCHEMA public FROM PUBLIC;

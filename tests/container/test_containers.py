@@ -190,7 +190,7 @@ def shop(container_server: Database) -> Iterator[Shop]:
                 yield found
         finally:
             admin.execute("DROP DATABASE compose WITH (FORCE)")
-            admin.execute("DROP ROLE app; DROP ROLE cdc")
+            admin.execute("DROP ROLE app; DROP ROLE cdc; DROP ROLE ops")
 
 
 class Shop:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from cdc.app.config import SETTINGS
+from cdc.app.ui_section import logins
 from tests.fix_consumer import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -161,6 +162,36 @@ def test_the_pod_monitor_and_the_policy_find_the_consumers() -> None:
     assert policy["spec"]["ingress"][0]["ports"] == [{"port": SETTINGS["http.port"].default}]
 
 
+def test_the_web_interface_is_on_a_role_of_its_own_and_lets_in_who_has_a_login() -> None:
+    deployment, service, policy = _documents(KUBERNETES / "plain/ui.yaml")
+    pod = deployment["spec"]["template"]
+    [container] = pod["spec"]["containers"]
+    variables = {each["name"]: each["value"] for each in container["env"]}
+    [secret] = [each for each in _documents(KUBERNETES / "plain/secrets.yaml") if each["metadata"]["name"] == "cdc-ui"]
+    assert container["args"] == ["ui"]
+    assert variables["CDC_UI_HOST"] == "0.0.0.0"
+    assert {Path(variables[name]).name for name in ("CDC_DSN_FILE", "CDC_UI_LOGINS_FILE")} == set(secret["stringData"])
+    assert [volume["secret"]["secretName"] for volume in pod["spec"]["volumes"] if "secret" in volume] == ["cdc-ui"]
+    assert list(logins(secret["stringData"]["logins"])) == ["anna"]
+    assert deployment["spec"]["replicas"] == 1, "a form is good for the process that has made it"
+    port = SETTINGS["ui.port"].default
+    assert [each["containerPort"] for each in container["ports"]] == [port]
+    assert [each["port"] for each in service["spec"]["ports"]] == [port]
+    assert policy["spec"]["ingress"][0]["ports"] == [{"port": port}]
+    labels = pod["metadata"]["labels"]
+    assert labels == service["spec"]["selector"] == policy["spec"]["podSelector"]["matchLabels"]
+    assert labels["cdc"] != "consumer", "neither Prometheus nor the consumer's policy takes it for one"
+
+
+def test_each_role_of_the_secrets_is_granted_by_the_job_that_upgrades() -> None:
+    [job] = _documents(KUBERNETES / "plain/upgrade.yaml")
+    secrets = {each["metadata"]["name"]: each for each in _documents(KUBERNETES / "plain/secrets.yaml")}
+    users = {name: re.findall(r"user=(\w+)", each["stringData"]["dsn"])[0] for name, each in secrets.items()}
+    assert len(set(users.values())) == len(users)
+    [grant] = job["spec"]["template"]["spec"]["containers"]
+    assert grant["args"][2:] == ["--consumer", users["cdc-dsn"], "--operator", users["cdc-ui"]]
+
+
 def test_the_rules_for_the_operator_are_those_of_prometheus() -> None:
     rules = [yaml.safe_load(path.read_text()) for path in sorted((DEPLOY / "prometheus").glob("*.rules.yaml"))]
     assert rules
@@ -197,7 +228,7 @@ def test_every_file_that_compose_mounts_or_builds_from_is_there(services: dict[s
 
 def test_what_compose_publishes_is_reached_from_this_machine_only(services: dict[str, Any]) -> None:
     ports = [port for service in services.values() for port in service.get("ports", [])]
-    assert len(ports) == 3
+    assert len(ports) == 4
     assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
 
 
@@ -210,6 +241,21 @@ def test_every_service_of_compose_has_as_few_rights_as_it_can(services: dict[str
     # Its image starts as root, and hands its directory over to the user it goes on as.
     assert {name for name, service in services.items() if "cap_add" in service} == {"db"}
     assert set(services["db"]["cap_add"]) == {"CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID"}
+
+
+def test_the_web_interface_of_compose_is_on_a_role_that_is_granted_and_reads_its_logins_from_a_file(
+    services: dict[str, Any],
+) -> None:
+    ui, secrets = services["ui"], yaml.safe_load((DEPLOY / "compose.yaml").read_text())["secrets"]
+    [role] = re.findall(r"user=(\w+)", ui["environment"]["CDC_DSN"])
+    assert role not in {"app", "cdc"}
+    assert f"--operator {role}" in services["setup"]["command"][0]
+    assert f"CREATE ROLE {role} LOGIN" in (DEPLOY / "compose/database.sql").read_text()
+    [name] = ui["secrets"]
+    assert ui["environment"]["CDC_UI_LOGINS_FILE"] == f"/run/secrets/{name}"
+    assert logins((DEPLOY / secrets[name]["file"]).read_text()) == {"operator": "for-this-machine-only"}
+    assert ui["ports"] == [f"127.0.0.1:{(port := SETTINGS['ui.port'].default)}:{port}"]
+    assert str(port) in ui["healthcheck"]["test"][-1]
 
 
 def test_what_compose_keeps_is_on_a_volume(services: dict[str, Any]) -> None:
