@@ -497,6 +497,7 @@ class RabbitServer(BrokerServer):
         if self._mapper is None:
             self._mapper = subprocess.Popen(["epmd"], env=self.environment)
         super().start()
+        self.control("await_startup")  # it listens before it takes what an operator says
 
     async def fill(self) -> None:
         """An alarm: it confirms nothing more to who publishes."""

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import aio_pika
 from aio_pika import DeliveryMode
 from aio_pika.abc import AbstractChannel, AbstractConnection
+from aio_pika.connection import Connection, make_url
 from aiormq import exceptions
 from pamqp.common import FieldValue
 
@@ -69,15 +70,20 @@ class AmqpSender:
     async def _connected_to(self, server: str) -> AbstractConnection:
         host, _, port = server.rpartition(":")
         context = tls.context(self._target)
-        try:
-            async with deadline(CONNECT_S):
-                return await aio_pika.connect(
-                    host=host.strip("[]"), port=int(port), virtualhost=self._virtual_host, ssl=self._target.tls,
-                    login=self._login.user or _GUEST, password=self._login.password() or _GUEST, ssl_context=context,
-                    heartbeat=_HEARTBEAT_S, client_properties={"connection_name": "cdc"},
-                )  # fmt: skip
-        except (exceptions.AMQPError, *_LOST) as error:
-            raise self._unreached(error) from error
+        url = make_url(
+            host=host.strip("[]"), port=int(port), virtualhost=self._virtual_host, ssl=self._target.tls,
+            login=self._login.user or _GUEST, password=self._login.password() or _GUEST, heartbeat=_HEARTBEAT_S,
+        )  # fmt: skip
+        connection = Connection(url, ssl_context=context, client_properties={"connection_name": "cdc"})
+        async with contextlib.AsyncExitStack() as unless_connected:
+            unless_connected.push_async_callback(_closed, connection)
+            try:
+                async with deadline(CONNECT_S):
+                    await connection.connect()
+            except (exceptions.AMQPError, *_LOST) as error:
+                raise self._unreached(error) from error
+            unless_connected.pop_all()
+        return connection
 
     def _unreached(self, error: BaseException) -> UnreachedError:
         if isinstance(error, exceptions.AuthenticationError | exceptions.ProbableAuthenticationError):
@@ -96,7 +102,7 @@ class AmqpSender:
         connection, channel = self._connection, self._channel
         assert connection is not None
         assert channel is not None
-        results = await self._published(channel, messages, timeout_s)
+        results = await self._published(connection, channel, messages, timeout_s)
         for place, result in enumerate(results):
             if isinstance(result, RejectedError):  # or another message is, of this call or of one beside it
                 results[place] = await self._alone(connection, messages[place], timeout_s)
@@ -108,12 +114,14 @@ class AmqpSender:
         try:
             # The channel is closed in the end, which waits for the broker, too.
             async with deadline(2 * CONNECT_S + timeout_s), await self._new_channel(connection) as channel:
-                [result] = await self._published(channel, [message], timeout_s)
+                [result] = await self._published(connection, channel, [message], timeout_s)
                 return result
         except (exceptions.AMQPError, *_LOST) as error:
             return _meaning(error, message.name)
 
-    async def _published(self, channel: AbstractChannel, messages: Sequence[Message], timeout_s: float) -> list[Result]:
+    async def _published(
+        self, connection: AbstractConnection, channel: AbstractChannel, messages: Sequence[Message], timeout_s: float
+    ) -> list[Result]:
         try:
             exchange = await channel.get_exchange(self._exchange, ensure=False)
             async with deadline(timeout_s):
@@ -121,9 +129,13 @@ class AmqpSender:
                     *(exchange.publish(_made(message), message.name) for message in messages), return_exceptions=True
                 )
         except TimeoutError:
-            return [LostError(f"no confirmation came within {timeout_s:g} s")] * len(messages)
+            why = ": it has an alarm about its memory or its disk" if await _blocked(connection) else ""
+            return [LostError(f"no confirmation came within {timeout_s:g} s{why}")] * len(messages)
         except (exceptions.AMQPError, *_LOST) as error:
             return [_meaning(error, message.name) for message in messages]
+        ended = next((each for each in found if isinstance(each, exceptions.ConnectionClosed)), None)
+        if ended is not None:  # what the others got is only that the channel went with it
+            found = [ended if isinstance(each, exceptions.ChannelInvalidStateError) else each for each in found]
         return [
             _meaning(each, message.name) if isinstance(each, BaseException) else None
             for each, message in zip(found, messages, strict=True)
@@ -147,9 +159,28 @@ class AmqpSender:
     async def close(self) -> None:
         connection, self._connection, self._channel = self._connection, None, None
         if connection is not None:
-            with contextlib.suppress(exceptions.AMQPError, *_LOST):
-                async with deadline(CONNECT_S):
-                    await connection.close()
+            await _closed(connection)
+
+
+async def _closed(connection: AbstractConnection) -> None:
+    """One that is not, also where it never came about, starts closing when its memory is taken back, on any thread."""
+    with contextlib.suppress(exceptions.AMQPError, *_LOST):
+        async with deadline(CONNECT_S):
+            await connection.close()
+    if not connection.is_closed:
+        await connection.close()  # without its transport, which was given up: waits for nothing
+
+
+async def _blocked(connection: AbstractConnection) -> bool:
+    """Whether the broker has told that it reads nothing for now."""
+    if connection.transport is None:
+        return False
+    try:
+        async with deadline(0.0):  # it waits only where it is so
+            await connection.transport.ready()
+    except TimeoutError:
+        return True
+    return False
 
 
 def _made(message: Message) -> aio_pika.Message:
@@ -176,4 +207,10 @@ def _meaning(error: BaseException, name: str) -> Result:
             return DeliveryError("the login has no right to write to the exchange")
         case exceptions.ChannelClosed():
             return RejectedError(f"the broker closes the channel for it ({type(error).__name__})")
-    return LostError(f"the connection to the broker broke before a confirmation came ({type(error).__name__})")
+    return LostError(f"the connection to the broker broke before a confirmation came ({_word(error)})")
+
+
+def _word(error: BaseException) -> str:
+    """The name of the broker's reason to end the connection, CONNECTION_FORCED, where it gave one."""
+    word = str(error.args[-1]).partition(" ")[0] if isinstance(error, exceptions.AMQPError) and error.args else ""
+    return word if word.isupper() and word.replace("_", "").isalpha() else type(error).__name__

@@ -70,6 +70,7 @@ _WORDS = {
 _TOO_LARGE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG_SIZE}
 _MISSING = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}  # noqa: SLF001 - a public name
 """A name of the library that begins with an underscore is public: an error of the client, not of a broker."""
+_CLOSED = "the connection to the broker was closed before an acknowledgement came"
 _DENIED = {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED}
 
 
@@ -96,10 +97,10 @@ class KafkaSender:
         try:
             await asyncio.to_thread(client.producer.list_topics, timeout=CONNECT_S)
         except KafkaException as error:
-            await client.close()
+            await client.close(LostError(_CLOSED))
             raise self._unreached(failed or [error.args[0]]) from error
         except BaseException:
-            await client.close()
+            await client.close(LostError(_CLOSED))
             raise
         self._client = client
 
@@ -120,8 +121,9 @@ class KafkaSender:
             lone = await self._sent(self._lone_client(), [messages[place] for place in places], timeout_s)
             for place, result in zip(places, lone, strict=True):
                 results[place] = result
-        if any(isinstance(result, LostError) for result in results) and client is self._client:
-            await self.close()
+        lost = next((result for result in results if isinstance(result, LostError)), None)
+        if lost is not None and client is self._client:
+            await self._end(lost)
         return results
 
     def _lone_client(self) -> _Client:
@@ -161,10 +163,13 @@ class KafkaSender:
         return f"{name} is a topic of {len(topic.partitions)} partitions, replicas: {replicas}{more}"
 
     async def close(self) -> None:
+        await self._end(LostError(_CLOSED))
+
+    async def _end(self, why: LostError) -> None:
         clients, self._client, self._lone = (self._client, self._lone), None, None
         for client in clients:
             if client is not None:
-                await client.close()
+                await client.close(why)
 
 
 class _Client:
@@ -172,8 +177,11 @@ class _Client:
 
     def __init__(self, settings: Mapping[str, Any], failed: Callable[[KafkaError], None]) -> None:
         self.down: LostError | None = None
+        """Why nothing more is sent: the reason of whatever this producer held, too."""
         self._failed = failed
         self._reports: deque[tuple[Acks, int, Result]] = deque()
+        self._untold: list[tuple[Acks, int]] = []
+        """Refused as the producer has ended; the reason is on its way to the thread that polls."""
         self._loop = asyncio.get_running_loop()
         self._stopping = threading.Event()
         self.producer = Producer({**settings, "error_cb": self._broken}, logger=log)
@@ -182,7 +190,10 @@ class _Client:
 
     def produce(self, message: Message, body: bytes | None, acks: Acks, place: int) -> None:
         def reported(error: KafkaError | None, _: Report) -> None:  # in the thread that polls
-            self._reports.append((acks, place, None if error is None else _meaning(error, message.name)))
+            result = None if error is None else _meaning(error, message.name)
+            if self.down is not None and isinstance(result, LostError):
+                result = self.down  # why it was purged, which its own error does not say
+            self._reports.append((acks, place, result))
 
         if self.down is not None:
             acks.ended(place, self.down)
@@ -193,14 +204,22 @@ class _Client:
         except BufferError:
             acks.ended(place, AwayError("the client's queue is full"))
         except KafkaException as error:
-            acks.ended(place, _meaning(error.args[0], message.name))
+            self._refused(error.args[0], message, acks, place)
+
+    def _refused(self, error: KafkaError, message: Message, acks: Acks, place: int) -> None:
+        if error.code() != KafkaError._FATAL:  # noqa: SLF001 - a public name
+            acks.ended(place, _meaning(error, message.name))
+        elif self.down is not None:
+            acks.ended(place, self.down)
+        else:
+            self._untold.append((acks, place))
 
     def _poll(self) -> None:
         while not self._stopping.is_set():
             try:
                 self.producer.poll(_POLL_S)
             except KafkaException as fatal:  # of a producer that has ended; what it held is still reported
-                self._on_loop(self._give_up, f"the producer has ended ({_name(fatal)})")
+                self._ended(f"the producer has ended ({_name(fatal)})")
                 self._stopping.wait(_POLL_S)
             if self._reports:
                 self._on_loop(self._settle)
@@ -218,19 +237,28 @@ class _Client:
         """In the thread that polls: about a connection, the login, or all brokers."""
         self._failed(error)
         if error.fatal():
-            self._on_loop(self._give_up, f"the producer has ended ({error.name()})")
+            self._ended(f"the producer has ended ({error.name()})")
         elif error.code() == KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001 - a public name
-            self._on_loop(self._give_up, f"no broker answers any more ({error.name()})")
+            self._ended(f"no broker answers any more ({error.name()})")
 
-    def _give_up(self, why: str) -> None:
-        """What waits comes back as reports of what was purged."""
+    def _ended(self, why: str) -> None:
+        """In the thread that polls. The reason stands before what the producer purges of itself is reported."""
         if self.down is None:
             self.down = LostError(why)
-            with contextlib.suppress(KafkaException):
-                self.producer.purge()
+        self._on_loop(self._give_up, self.down)
 
-    async def close(self) -> None:
-        self._give_up("the connection to the broker was closed")
+    def _give_up(self, why: LostError) -> None:
+        """What waits comes back as reports of what was purged."""
+        self.down = self.down or why
+        with contextlib.suppress(KafkaException):
+            self.producer.purge()
+        untold, self._untold = self._untold, []
+        for acks, place in untold:
+            acks.ended(place, self.down)
+
+    async def close(self, why: LostError) -> None:
+        """``why``: of what is under way, unless the producer itself had a reason to end."""
+        self._give_up(why)
         await asyncio.to_thread(self.producer.flush, 1.0)  # reports what was purged
         self._stopping.set()
         await asyncio.to_thread(self._thread.join, 10 * _POLL_S)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -40,6 +40,7 @@ from cdc.core.deliveries import AwayError, DeliveryError, LostError, RejectedErr
 from cdc.runtime.deadline import deadline
 
 _CLOSE_S = 1.0
+_LOOK_S = 0.25
 _PING_S = 5
 """A link that is silent for three of these is lost."""
 _HEADERS_LINE = len(b"NATS/1.0\r\n\r\n")
@@ -48,6 +49,9 @@ _FULL = {10_023, 10_028, 10_047, 10_077}
 """Error codes of JetStream: no resources, no memory or storage left for the account, and a stream at its limits."""
 _TOO_LARGE = 10_054
 _VIOLATION = 'permissions violation for publish to "'
+_STORED = b'{"stream":"'
+_WORDS = 200
+_CLOSED = "the connection to the broker was closed before an acknowledgement came"
 _DENIED = "authorization violation"
 """All that the protocol says about a refused message or login: it has no codes."""
 
@@ -56,26 +60,17 @@ class NatsSender:
     def __init__(self, target: BrokerTarget, login: Login) -> None:
         self._target = target
         self._login = login
-        self._client: Client | None = None
-        self._failure: Exception | None = None
-        self._inbox = ""
-        self._tokens = count()
-        self._open: dict[str, tuple[Acks, int, str]] = {}
-        """By the last token of the reply subject: where the answer goes, and the message's subject."""
-        self._publishing: set[asyncio.Timeout] = set()
-        """Of what is being handed to the client: ended with the connection."""
+        self._connection: _Connection | None = None
 
     @property
     def connected(self) -> bool:
-        return self._client is not None and self._client.is_connected
+        return self._connection is not None and self._connection.client.is_connected
 
     async def connect(self) -> None:
         await self.close()
-        self._client = await first_reached(self._target.servers, self._connection)
-        self._inbox = self._client.new_inbox()
-        await self._client.subscribe(f"{self._inbox}.*", cb=self._answered)
+        self._connection = await first_reached(self._target.servers, self._connected_to)
 
-    async def _connection(self, server: str) -> Client:
+    async def _connected_to(self, server: str) -> _Connection:
         options: dict[str, Any] = {}
         if (context := tls.context(self._target)) is not None:
             options["tls"] = context
@@ -86,65 +81,36 @@ class NatsSender:
             options |= {"user": self._login.user, "password": password}
         elif password is not None:
             options["token"] = password
-        client = Client()
+        connection = _Connection()
         async with contextlib.AsyncExitStack() as unless_connected:
-            unless_connected.push_async_callback(_closed, client)  # its own failed attempt leaves the socket open
+            # Its failed attempt leaves the socket open.
+            unless_connected.push_async_callback(connection.close, LostError(_CLOSED))
             try:
-                await client.connect(
-                    f"{'tls' if self._target.tls else 'nats'}://{server}", name="cdc", allow_reconnect=False,
-                    connect_timeout=int(CONNECT_S), max_reconnect_attempts=1, reconnect_time_wait=0,
-                    ping_interval=_PING_S, error_cb=self._failed, disconnected_cb=self._disconnected, **options,
-                )  # fmt: skip
+                await connection.open(f"{'tls' if self._target.tls else 'nats'}://{server}", options)
             except (OSError, nats.errors.Error, ValueError) as error:
-                raise self._unreached(error) from error
+                raise self._unreached(error, connection.failure) from error
             unless_connected.pop_all()
-        return client
+        return connection
 
-    def _unreached(self, error: Exception) -> UnreachedError:
+    def _unreached(self, error: Exception, failure: Exception | None) -> UnreachedError:
         if isinstance(error, nats.errors.AuthorizationError) or _DENIED in str(error).lower():
             return UnreachedError(f"{self._target} refuses the login")
         # No servers left is what it ends with; the callback got the reason.
-        cause = self._failure if isinstance(error, nats.errors.NoServersError) and self._failure else error
+        cause = failure if isinstance(error, nats.errors.NoServersError) and failure else error
         return UnreachedError(f"the broker at {self._target} cannot be reached ({tls.why(cause)})")
 
     async def send(self, messages: Sequence[Message], timeout_s: float) -> list[Result]:
-        acks = Acks(len(messages))
-        tokens = [str(next(self._tokens)) for _ in messages]
-        client = self._client
-        assert client is not None
-        try:
-            # The client waits where it holds much that is not sent yet: for ever, once its connection is closed.
-            async with deadline(timeout_s) as limit:
-                self._publishing.add(limit)
-                try:
-                    for place, message in enumerate(messages):
-                        await self._publish(client, message, acks, place, tokens[place])
-                finally:
-                    self._publishing.discard(limit)
-            results = await acks.results(timeout_s)
-        except (OSError, nats.errors.Error) as error:
-            acks.lost(_broken(error))
-            results = await acks.results(timeout_s)
-        finally:
-            for token in tokens:
-                self._open.pop(token, None)
-        if any(isinstance(result, LostError) for result in results) and client is self._client:
-            await self.close()
+        connection = self._connection
+        assert connection is not None
+        results = await connection.send(messages, timeout_s)
+        lost = next((result for result in results if isinstance(result, LostError)), None)
+        if lost is not None and connection is self._connection:
+            await self._end(lost)
         return results
 
-    async def _publish(self, client: Client, message: Message, acks: Acks, place: int, token: str) -> None:
-        headers = {**message.headers, "Nats-Msg-Id": message.id}
-        body = message.body
-        if (size := _size(body, headers, client.max_payload)) > client.max_payload:  # it would close the connection
-            why = f"it is too large: {size} bytes, and the server takes {client.max_payload}"
-            acks.ended(place, RejectedError(why))
-            return
-        self._open[token] = acks, place, message.name
-        await client.publish(message.name, body, f"{self._inbox}.{token}", headers)
-
     async def describe(self, name: str) -> str:
-        assert self._client is not None
-        stream = self._client.jetstream(timeout=CONNECT_S)
+        assert self._connection is not None
+        stream = self._connection.client.jetstream(timeout=CONNECT_S)
         try:
             found = await stream.stream_info(await stream.find_stream_name_by_subject(name))
         except nats.js.errors.NotFoundError:
@@ -161,34 +127,125 @@ class NatsSender:
         )
 
     async def close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            await _closed(client)
-        self._lost(LostError("the connection to the broker was closed before an acknowledgement came"))
+        await self._end(LostError(_CLOSED))
+
+    async def _end(self, why: LostError) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close(why)
+
+
+class _Connection:
+    """A client, and what is under way on it. Made on the event loop."""
+
+    def __init__(self) -> None:
+        self.client = Client()
+        self.failure: Exception | None = None
+        """The last error that the client has told of."""
+        self._inbox = ""
+        self._tokens = count()
+        self._open: dict[str, tuple[Acks, Sequence[Message]]] = {}
+        """By the last but one token of the reply subject; the last one is the place."""
+        self._publishing: set[asyncio.Timeout] = set()
+        """Of what is being handed to the client: ended with the connection."""
+        self._reader: asyncio.Task[Any] | None = None
+
+    async def open(self, server: str, options: dict[str, Any]) -> None:
+        await self.client.connect(
+            server, name="cdc", allow_reconnect=False, connect_timeout=int(CONNECT_S), max_reconnect_attempts=1,
+            reconnect_time_wait=0, ping_interval=_PING_S, error_cb=self._failed, disconnected_cb=self._disconnected,
+            **options,
+        )  # fmt: skip
+        self._inbox = self.client.new_inbox()
+        await self.client.subscribe(f"{self._inbox}.*.*", cb=self._answered)
+
+    async def send(self, messages: Sequence[Message], timeout_s: float) -> list[Result]:
+        acks, token = Acks(len(messages)), str(next(self._tokens))
+        self._open[token] = acks, messages
+        try:
+            with self._watched():
+                # The client waits where it holds much that is not sent yet: for ever, once its connection is closed.
+                async with deadline(timeout_s) as limit:
+                    self._publishing.add(limit)
+                    try:
+                        await self._publish(messages, acks, token)
+                    finally:
+                        self._publishing.discard(limit)
+                return await acks.results(timeout_s)
+        except (OSError, nats.errors.Error) as error:
+            acks.lost(self._why(error))
+            return await acks.results(timeout_s)
+        finally:
+            self._open.pop(token, None)
+
+    async def _publish(self, messages: Sequence[Message], acks: Acks, token: str) -> None:
+        publish, limit, reply = self.client.publish, self.client.max_payload, f"{self._inbox}.{token}"
+        for place, message in enumerate(messages):
+            headers, size = _headers(message)
+            if (size := size + len(message.body)) > limit:  # it would close the connection
+                acks.ended(place, RejectedError(f"it is too large: {size} bytes, and the server takes {limit}"))
+                continue
+            try:
+                await publish(message.name, message.body, f"{reply}.{place}", headers)
+            except (nats.errors.BadSubjectError, nats.errors.BadHeaderError) as error:
+                acks.ended(place, RejectedError(f"its subject or a header cannot be one ({type(error).__name__})"))
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """The client does not tell of each end: not of one with something left to send that cannot be sent (2.16)."""
+        loop = asyncio.get_running_loop()
+        again: asyncio.TimerHandle
+
+        def look() -> None:
+            nonlocal again
+            if self.client.is_closed:
+                self._lost(self._why(nats.errors.ConnectionClosedError()))
+            again = loop.call_later(_LOOK_S, look)
+
+        again = loop.call_later(_LOOK_S, look)
+        try:
+            yield
+        finally:
+            again.cancel()
 
     async def _answered(self, answer: Msg) -> None:
-        acks, place, subject = self._open.pop(answer.subject.rpartition(".")[2], (None, 0, ""))
-        if acks is not None:
-            acks.ended(place, _meaning(answer, subject))
+        self._reader = asyncio.current_task()
+        _, token, place = answer.subject.rsplit(".", 2)
+        if token in self._open:
+            acks, messages = self._open[token]
+            acks.ended(int(place), None if _stored(answer.data) else _meaning(answer, messages[int(place)].name))
 
     async def _failed(self, error: Exception) -> None:
-        self._failure = error
+        self.failure = error
         _, found, rest = str(error).lower().partition(_VIOLATION)
         denied = rest.partition('"')[0]
-        for acks, place, subject in list(self._open.values()) if found else []:
-            if subject.lower() == denied:
-                acks.ended(place, DeliveryError(f"the login has no right to publish to the subject {subject}"))
+        for acks, messages in list(self._open.values()) if found else []:
+            for place in [place for place in acks.open() if messages[place].name.lower() == denied]:
+                text = f"the login has no right to publish to the subject {messages[place].name}"
+                acks.ended(place, DeliveryError(text))
 
     async def _disconnected(self) -> None:
-        self._lost(_broken(nats.errors.ConnectionClosedError()))
+        self._lost(self._why(nats.errors.ConnectionClosedError()))
+
+    def _why(self, error: Exception) -> LostError:
+        """What the server has said last, where it has ended the connection with a word."""
+        told = self.client.last_error
+        return _broken(error if told is None or told is self.failure else told)
 
     def _lost(self, error: LostError) -> None:
         for limit in self._publishing:
             if not limit.expired():
                 limit.reschedule(0.0)
         lost, self._open = self._open, {}
-        for acks, _, _ in lost.values():
+        for acks, _ in lost.values():
             acks.lost(error)
+
+    async def close(self, why: LostError) -> None:
+        """``why``: of what is under way."""
+        await _closed(self.client)
+        if self._reader is not None:  # which the client leaves where its own end fails
+            self._reader.cancel()
+        self._lost(why)
 
 
 async def _closed(client: Client) -> None:
@@ -199,15 +256,38 @@ async def _closed(client: Client) -> None:
 
 
 def _broken(error: Exception) -> LostError:
-    return LostError(f"the connection to the broker broke before an acknowledgement came ({type(error).__name__})")
+    """Words that follow ``-ERR`` are the protocol's: "user authentication expired", and no content of a message."""
+    words = str(error).removeprefix("nats: ").strip("'") if type(error) is nats.errors.Error else type(error).__name__
+    return LostError(f"the connection to the broker broke before an acknowledgement came ({words[:_WORDS]})")
 
 
-def _size(body: bytes, headers: Mapping[str, str], limit: int) -> int:
-    """Bytes that count for the server's limit. Far below it characters are counted, which have 4 bytes at most."""
-    count = len(body) + sum(map(len, headers)) + sum(map(len, headers.values())) + 4 * len(headers) + _HEADERS_LINE
-    if 4 * count <= limit:
-        return count
-    return len(body) + _HEADERS_LINE + sum(len(f"{name}{value}".encode()) + 4 for name, value in headers.items())
+def _stored(answer: bytes) -> bool:
+    """Whether it says no more than that: cheaper than to parse it. An error would come first."""
+    return answer.startswith(_STORED) and b'"error"' not in answer
+
+
+class _Clean(str):
+    """Of printed characters without blanks. In others the client looks for blanks and line breaks, once for each value,
+    which takes longer than the rest of what it does for a message.
+    """
+
+    __slots__ = ()
+
+    def strip(self, *_: Any) -> str:
+        return self
+
+    def translate(self, *_: Any) -> str:
+        return self
+
+
+def _headers(message: Message) -> tuple[dict[str, str], int]:
+    """What a message has before its body, and the bytes of that, which count for the server's limit."""
+    headers = {**message.headers, "Nats-Msg-Id": message.id}
+    text = "".join([*headers, *headers.values()])
+    size = (len(text) if text.isascii() else len(text.encode())) + 4 * len(headers) + _HEADERS_LINE
+    if text.isprintable() and " " not in text:
+        headers = {name: _Clean(value) for name, value in headers.items()}
+    return headers, size
 
 
 def _kept(config: StreamConfig) -> str:
@@ -235,7 +315,7 @@ def _meaning(answer: Msg, subject: str) -> Result:
         status, code = int(error["code"]), int(error.get("err_code", 0))
     except (ValueError, AttributeError, TypeError, KeyError):
         return DeliveryError("the stream gave an answer that cannot be read")
-    words = str(error.get("description", ""))[:200]
+    words = str(error.get("description", ""))[:_WORDS]
     if code == _TOO_LARGE:
         return RejectedError(f"it is too large for the stream: {words}")
     if code in _FULL or status == int(_NO_RESPONDERS):

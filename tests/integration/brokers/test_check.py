@@ -167,13 +167,14 @@ async def test_a_login_of_kafka_without_rights_has_changes_wait_until_it_is_give
     url = kafka_with_rights.url(port=kafka_with_rights.login_port)
 
     async def rests() -> bool:
-        return "CLUSTER_AUTHORIZATION_FAILED" in app.status.breakers["deliver"].why
+        return app.status.breakers["deliver"].rests
 
     async def done() -> bool:
         return settled(outbox_db)
 
-    async with consuming(outbox, None, deliver_to=url, max_attempts=1, timeout=5, **_APP) as app:
+    async with consuming(outbox, None, deliver_to=url, max_attempts=1, **_APP) as app:
         await eventually_async(rests, what="it rests", within_s=60.0)
+        assert "the producer has ended (CLUSTER_AUTHORIZATION_FAILED)" in app.status.breakers["deliver"].why
         await _allow(kafka_with_rights, AclOperation.WRITE)
         await eventually_async(done, what="every change is processed or dead", within_s=60.0)
     assert states(outbox_db) == {"processed": 3}

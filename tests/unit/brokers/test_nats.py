@@ -1,22 +1,47 @@
-"""What a message of NATS weighs."""
+"""What a message of NATS weighs, and how it is written."""
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nats.aio.client import Client
 
-from cdc.brokers.nats import _size
+from cdc.brokers.nats import _headers
+from cdc.core.broker_messages import Message
 
-_HEAD = len(b"NATS/1.0\r\n\r\n")
+_HEAD = b"NATS/1.0\r\n"
 
 
-@given(
-    st.binary(max_size=200),
-    st.dictionaries(st.text(max_size=10), st.text(max_size=40), max_size=5),
-    st.integers(0, 900),
-)
-def test_a_message_is_too_large_exactly_where_its_bytes_on_the_wire_are(
-    body: bytes, headers: dict[str, str], limit: int
-) -> None:
-    wire = len(body) + _HEAD + sum(len(f"{name}: {value}\r\n".encode()) for name, value in headers.items())
-    assert (_size(body, headers, limit) > limit) == (wire > limit)
+def _message(headers: dict[str, str], id_: str = "an-id") -> Message:
+    return Message("cdc.x", id_, "key", b"", headers)
+
+
+@given(st.dictionaries(st.text(max_size=10), st.text(max_size=40), max_size=5), st.text(max_size=40))
+def test_the_headers_of_a_message_weigh_what_their_bytes_on_the_wire_do(headers: dict[str, str], id_: str) -> None:
+    whole = {**headers, "Nats-Msg-Id": id_}
+    wire = _HEAD + b"".join(f"{name}: {value}\r\n".encode() for name, value in whole.items()) + b"\r\n"
+    assert _headers(_message(headers, id_))[1] == len(wire)
+
+
+def _written(client: Client, headers: dict[str, str]) -> bytes:
+    sent: list[bytes] = []
+
+    async def send(command: bytes, priority: bool = False) -> None:
+        sent.append(command)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "_send_command", send)
+        asyncio.run(client._send_publish("cdc.x", "", b"body", 4, headers))  # noqa: SLF001 - what writes it
+    return sent[0]
+
+
+_LINES = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\r\n \t"), max_size=20)
+
+
+@given(st.dictionaries(st.from_regex(r"\A[a-z-]{1,8}\Z"), _LINES, max_size=4))
+def test_what_is_left_out_of_the_clients_search_for_line_breaks_changes_nothing(headers: dict[str, str]) -> None:
+    client = Client()
+    assert _written(client, _headers(_message(headers))[0]) == _written(client, {**headers, "Nats-Msg-Id": "an-id"})

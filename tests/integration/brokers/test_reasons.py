@@ -1,0 +1,168 @@
+"""Why a delivery rests: the reason that the broker gave, whichever way its client tells of it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+import cdc
+from cdc import sinks
+from cdc.brokers import clients
+from cdc.brokers.acks import Result
+from cdc.brokers.nats import NatsSender
+from cdc.brokers.sender import Login
+from cdc.contrib.demo.temp_server import free_port
+from cdc.core import broker_url
+from cdc.core.broker_messages import Message
+from cdc.core.broker_url import PROTOCOLS
+from cdc.core.deliveries import UnreachedError
+from cdc.testing import change as make_change
+from tests.eventually import eventually_async
+from tests.fix_brokers import NatsServer, RabbitServer
+from tests.fix_consumer import consuming, settled, states
+
+_PATHS = {"kafka": "x", "nats": "cdc.x", "redis": "0/cdc:x", "amqp": "%2F/changes/x"}
+_INFO = json.dumps({"server_id": "S", "version": "2.9.0", "max_payload": 1_048_576, "headers": True}).encode()
+
+
+def _messages(count: int, size: int) -> list[Message]:
+    return [Message("cdc.x", str(n), "k", b"x" * size, {"content-type": "t"}) for n in range(count)]
+
+
+async def _true(condition: Any, what: str, within_s: float = 30.0) -> None:
+    async def check() -> bool:
+        return bool(condition())
+
+    await eventually_async(check, what=what, within_s=within_s)
+
+
+_Played = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def _server_of_nats(played: _Played) -> AsyncIterator[NatsSender]:
+    """A server that lets in who comes, and then does as it is told."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"INFO " + _INFO + b"\r\n")
+        while await reader.readline() != b"PING\r\n":
+            pass
+        writer.write(b"PONG\r\n")
+        await played(reader, writer)
+        writer.transport.abort()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        sender = NatsSender(broker_url.parse(f"nats://127.0.0.1:{port}/cdc.x"), Login())
+        await sender.connect()
+        try:
+            yield sender
+        finally:
+            await sender.close()
+
+
+async def test_what_the_server_of_nats_says_before_it_ends_a_connection_is_the_reason() -> None:
+    async def refuses(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while not (await reader.readline()).startswith(b"HPUB"):
+            pass
+        writer.write(b"-ERR 'User Authentication Expired'\r\n")
+        await reader.read()
+
+    async with _server_of_nats(refuses) as sender:
+        found = await sender.send(_messages(3, 10), 60.0)
+    assert {str(each) for each in found} == {
+        "the connection to the broker broke before an acknowledgement came (user authentication expired)"
+    }
+
+
+async def test_a_server_of_nats_that_goes_while_the_client_has_something_to_send_is_noticed_and_not_waited_for() -> (
+    None
+):
+    """The client's own end fails there, and calls nobody."""
+    gone = asyncio.Event()
+
+    async def waits(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await gone.wait()
+
+    async with _server_of_nats(waits) as sender:
+
+        async def one() -> list[Result]:
+            return await sender.send(_messages(1, 10), 20.0) if sender.connected else []
+
+        sent = [asyncio.create_task(one())]
+        await asyncio.sleep(0)
+        gone.set()
+        while sender.connected:  # each step of the loop has something to send
+            sent.append(asyncio.create_task(one()))
+            await asyncio.sleep(0)
+        results = [each for task in sent for each in await task]
+    assert {str(each).partition("(")[0] for each in results} == {
+        "the connection to the broker broke before an acknowledgement came "
+    }
+
+
+async def test_a_message_that_the_client_of_nats_cannot_write_is_rejected_and_is_no_outage(
+    nats_server: NatsServer,
+) -> None:
+    await nats_server.prepare()
+    async with sinks.nats(nats_server.url()) as sink:
+        with pytest.raises(cdc.Reject, match="its subject or a header cannot be one"):
+            await sink.send(make_change("x"), sinks.Payload("x", headers={"a name": "x"}))
+        await sink.send(make_change("x"))
+    assert len(await nats_server.received()) == 1
+
+
+async def test_an_operator_who_closes_the_connections_of_rabbitmq_is_the_reason(
+    rabbit_server: RabbitServer, outbox: str, outbox_db: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    await rabbit_server.prepare()
+    writing = "SELECT publish_change('x', 'k' || n, 'INSERT', '{}') FROM generate_series(1, 20000) AS n"
+    async with consuming(outbox, None, deliver_to=rabbit_server.url(), max_attempts=1):
+        for _ in range(5):  # until one is under way at that moment
+            outbox_db.execute(writing)
+            await _true(lambda: states(outbox_db).get("processed", 0) > 0, "some are processed")
+            await asyncio.to_thread(rabbit_server.control, "close_all_connections", "maintenance")
+            if "before a confirmation came (CONNECTION_FORCED)" in caplog.text:
+                break
+        await _true(lambda: settled(outbox_db), "every change is processed or dead", within_s=240.0)
+    assert "before a confirmation came (CONNECTION_FORCED)" in caplog.text
+    assert set(states(outbox_db)) == {"processed"}
+
+
+async def test_an_alarm_of_rabbitmq_is_the_reason_why_no_confirmation_comes(
+    rabbit_server: RabbitServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await rabbit_server.prepare()
+    async with consuming(outbox, None, deliver_to=rabbit_server.url(), max_attempts=1, timeout=1) as app:
+        await rabbit_server.fill()
+        try:
+            outbox_db.execute("SELECT publish_change('x', 'k' || n, 'INSERT', '{}') FROM generate_series(1, 100) AS n")
+            await _true(lambda: "an alarm" in app.status.breakers["deliver"].why, "it rests, and says why", 120.0)
+        finally:
+            await rabbit_server.make_room()
+        await _true(lambda: settled(outbox_db), "they are delivered", within_s=120.0)
+    assert states(outbox_db) == {"processed": 100}
+
+
+@pytest.mark.parametrize("scheme", sorted(PROTOCOLS))
+async def test_a_connection_that_did_not_come_about_leaves_nothing_that_begins_when_its_memory_is_taken_back(
+    scheme: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("CRITICAL", logger="aiormq")  # a record would keep it
+    sender = clients.sender(broker_url.parse(f"{scheme}://127.0.0.1:{free_port()}/{_PATHS[scheme]}"), Login())
+    errors: list[UnreachedError] = []
+    try:
+        await sender.connect()
+    except UnreachedError as error:
+        errors.append(error)
+    await sender.close()
+    assert len(errors) == 1
+    errors.clear()
+    await asyncio.to_thread(gc.collect)  # on a thread without a loop, as it may be
