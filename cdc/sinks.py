@@ -28,6 +28,7 @@ from cdc.core.cloudevents import DATA_TYPE, json_text
 from cdc.core.deliveries import RejectedError
 from cdc.core.errors import Failed, UsageError
 from cdc.core.model import Change
+from cdc.core.name_template import NameFunction
 
 Password = str | Callable[[], str | None] | None
 
@@ -53,10 +54,19 @@ class Payload:
 class Sink:
     """One broker. Made by the functions below; connects at the first message."""
 
-    def __init__(self, target: BrokerTarget, login: Login, mode: str, source: str | None, timeout: float) -> None:
+    def __init__(
+        self,
+        target: BrokerTarget,
+        login: Login,
+        mode: str,
+        source: str | None,
+        timeout: float,
+        *,
+        name: NameFunction | None = None,
+    ) -> None:
         if mode not in target.protocol.formats:
             raise UsageError(f"the format is one of {', '.join(target.protocol.formats)} for {target.scheme}")
-        self._names = target.names()
+        self._names = target.names(name)
         self._encoding = clients.encoding(target, mode, source)
         self._publisher = Publisher(clients.sender(target, login), target=str(target), timeout_s=timeout)
 
@@ -131,15 +141,18 @@ def kafka(
     format: str = "structured",  # noqa: A002 - as the setting is called
     source: str | None = None,
     timeout: float = 30.0,
+    name: NameFunction | None = None,
 ) -> Sink:
     """Topics of Apache Kafka: ``kafka://HOST[:9092][,HOST...]/TOPIC``, with the options and placeholders of
     ``--deliver-to``.
 
     ``password`` may be a function, which is asked at each connection. ``format``: structured, binary or debezium, for
     the changes' own events. ``source``: the events' source. ``timeout``: seconds until an acknowledgement has come;
-    less than a handler may take. Raises UsageError for a URL that cannot be one, or where the client is not installed.
+    less than a handler may take. ``name``: a function of a change that returns its topic, or None for that of
+    the URL; a payload's own ``to`` comes first. Raises UsageError for a URL that cannot be one, or where the client is
+    not installed.
     """
-    return Sink(_target("kafka", url, user, password), _login(user, password), format, source, timeout)
+    return Sink(_target("kafka", url, user, password), _login(user, password), format, source, timeout, name=name)
 
 
 def nats(
@@ -150,12 +163,13 @@ def nats(
     format: str = "structured",  # noqa: A002 - as the setting is called
     source: str | None = None,
     timeout: float = 30.0,
+    name: NameFunction | None = None,
 ) -> Sink:
     """Streams of NATS JetStream: ``nats://HOST[:4222]/SUBJECT``. See ``kafka``.
 
     A password without a user is a token.
     """
-    return Sink(_target("nats", url, user, password), _login(user, password), format, source, timeout)
+    return Sink(_target("nats", url, user, password), _login(user, password), format, source, timeout, name=name)
 
 
 def redis(
@@ -165,9 +179,12 @@ def redis(
     password: Password = None,
     source: str | None = None,
     timeout: float = 30.0,
+    name: NameFunction | None = None,
 ) -> Sink:
     """Streams of Redis: ``redis://HOST[:6379]/DATABASE/STREAM``. See ``kafka``. The body is the field ``event``."""
-    return Sink(_target("redis", url, user, password), _login(user, password), broker_url.STRUCTURED, source, timeout)
+    return Sink(
+        _target("redis", url, user, password), _login(user, password), broker_url.STRUCTURED, source, timeout, name=name
+    )
 
 
 def amqp(
@@ -178,9 +195,10 @@ def amqp(
     format: str = "structured",  # noqa: A002 - as the setting is called
     source: str | None = None,
     timeout: float = 30.0,
+    name: NameFunction | None = None,
 ) -> Sink:
     """An exchange of RabbitMQ: ``amqp://HOST[:5672]/VHOST/EXCHANGE/KEY``. See ``kafka``."""
-    return Sink(_target("amqp", url, user, password), _login(user, password), format, source, timeout)
+    return Sink(_target("amqp", url, user, password), _login(user, password), format, source, timeout, name=name)
 
 
 def _target(scheme: str, url: str, user: str | None, password: Password) -> BrokerTarget:

@@ -21,6 +21,7 @@ from cdc import __version__
 from cdc.app.components import SharedStream, build
 from cdc.app.config import HttpSection, Settings
 from cdc.core import deliveries
+from cdc.core.name_template import NameFunction
 from cdc.core.router import Router
 from cdc.core.subscription import DEFAULT
 from cdc.core.type_filter import NOTHING, TypeFilter
@@ -86,7 +87,7 @@ class App:
     """One consumer with its other components. Made on the event loop. ``router`` is None if deliver.to is set.
 
     ``subscription``: as ``subscription_of`` returns it. ``shared``: of a process with several of these, which
-    serves the probes and the page itself; one of them ``leads``.
+    serves the probes and the page itself; one of them ``leads``. ``name_of``: asked for the names of a delivery.
     """
 
     def __init__(
@@ -99,12 +100,13 @@ class App:
         shared: SharedStream | None = None,
         leads: bool = True,
         beside: Sequence[str] = (),
+        name_of: NameFunction | None = None,
     ) -> None:
         self._thresholds = thresholds or HealthThresholds()
         self._serves = shared is None
         self.components = parts = build(
             settings, router, stall_limit_s=self._thresholds.stall_s, subscription=subscription, shared=shared,
-            leads=leads,
+            leads=leads, name_of=name_of,
         )  # fmt: skip
         self.page = (
             StatusPage(

@@ -17,6 +17,7 @@ from cdc.core.backoff import Policy
 from cdc.core.errors import UsageError
 from cdc.core.handler_limits import HandlerLimits
 from cdc.core.model import WakeUp
+from cdc.core.name_template import NameFunction
 from cdc.core.page_size import BYTES
 from cdc.core.router import Router
 from cdc.core.subscription import DEFAULT
@@ -136,6 +137,7 @@ def build(
     subscription: Subscription | None = None,
     shared: SharedStream | None = None,
     leads: bool = True,
+    name_of: NameFunction | None = None,
 ) -> Components:
     """On the event loop. ``router`` is None if deliver.to is set. Raises UsageError if these do not fit.
 
@@ -145,7 +147,7 @@ def build(
     shared = shared or SharedStream()
     if settings.observe:
         settings = _as_observer(settings)
-    delivery = make_delivery(settings) if settings.deliver.to else None
+    delivery = make_delivery(settings, name_of)
     router = _the_one(router, delivery.router if delivery else None)
     scope = _scope(settings, router, subscription)
     delivers = delivery is not None and not settings.observe

@@ -22,6 +22,7 @@ from cdc.app.application import App, serving, subscription_of
 from cdc.app.components import SharedStream
 from cdc.app.config import Settings
 from cdc.core.errors import CdcError, UsageError
+from cdc.core.name_template import NameFunction
 from cdc.core.router import Router
 from cdc.core.subscription import DEFAULT
 from cdc.engine.health_checks import HealthThresholds
@@ -174,24 +175,31 @@ def _named(one: _One, checks: Sequence[Check]) -> Iterator[Check]:
     return (check._replace(name=f"{one.name}.{check.name}") for check in checks)
 
 
-async def made(chosen: Sequence[Chosen]) -> App | Consumers:
+async def made(chosen: Sequence[Chosen], name_of: NameFunction | None = None) -> App | Consumers:
     """What runs these consumers. Raises NotFoundError, ConnectError, UsageError."""
     if len(chosen) > 1:
         return await Consumers.make(chosen)
     [(settings, router)] = chosen
-    return App(settings, router, subscription=await subscription_of(settings))
+    return App(settings, router, subscription=await subscription_of(settings), name_of=name_of)
 
 
-async def run(dsn: str | None, router: Router | Mapping[str, Router] | None, **settings: Any) -> None:
+async def run(
+    dsn: str | None,
+    router: Router | Mapping[str, Router] | None,
+    *,
+    deliver_name: NameFunction | None = None,
+    **settings: Any,
+) -> None:
     """The consumer as a part of one's own asyncio program: works until cancelled, then drains.
 
     ``router``: a router, or one for each subscription by name, "default" among them. If it is None, ``deliver_to`` is
-    required. ``settings`` are those of ``cdc run``, with the names of its options (``slot_name="billing"``,
-    ``drain_time=5``); the environment and cdc.toml are not read, and HTTP is off unless ``http_port`` is given. Raises
-    ConnectError when the database cannot be reached at the start, NotFoundError for a subscription that does not exist,
-    UsageError for a setting that does not.
+    required. ``deliver_name``: a function of a change that returns the topic, subject, stream or routing key that it
+    goes to, or None for that of the URL; it is called on the event loop. ``settings`` are those of ``cdc run``, with
+    the names of its options (``slot_name="billing"``, ``drain_time=5``); the environment and cdc.toml are not read, and
+    HTTP is off unless ``http_port`` is given. Raises ConnectError when the database cannot be reached at the start,
+    NotFoundError for a subscription that does not exist, UsageError for a setting that does not.
     """
-    consumers = await made(_chosen({"http_port": 0, "dsn": dsn, **settings}, router))
+    consumers = await made(_chosen({"http_port": 0, "dsn": dsn, **settings}, router, deliver_name), deliver_name)
     work = asyncio.create_task(consumers.run())
     try:
         await asyncio.shield(work)
@@ -201,9 +209,13 @@ async def run(dsn: str | None, router: Router | Mapping[str, Router] | None, **s
         raise
 
 
-def _chosen(options: Mapping[str, Any], router: Router | Mapping[str, Router] | None) -> list[Chosen]:
+def _chosen(
+    options: Mapping[str, Any], router: Router | Mapping[str, Router] | None, name_of: NameFunction | None
+) -> list[Chosen]:
     if not isinstance(router, Mapping):
         return [(config.from_options(options), router)]
+    if name_of is not None:
+        raise UsageError("deliver_name is for a delivery, and there are routers", hint="router=None and deliver_to=URL")
     if not router or "subscription" in options:
         raise UsageError(
             "the routers name their subscriptions" if router else "there is no router",

@@ -15,6 +15,7 @@ from cdc.core.broker_url import BrokerTarget
 from cdc.core.deliveries import AwayError, DeliveryError, RejectedError, UnreachedError
 from cdc.core.errors import CdcError, Failed, UsageError
 from cdc.core.model import Change, Operation
+from cdc.core.name_template import NameFunction
 from cdc.diagnostics.findings import Finding, fail, ok
 from cdc.http import endpoint_url
 
@@ -29,11 +30,17 @@ SMOKE = "cdc-smoke"
 """Type, key and table of a test event, unless a type is given."""
 
 
-def make(settings: Settings) -> Delivery | BrokerDelivery:
-    """On the event loop. Raises UsageError where the library of the extra is not installed."""
+def make(settings: Settings, name_of: NameFunction | None = None) -> Delivery | BrokerDelivery | None:
+    """On the event loop; None without deliver.to. ``name_of``: before the template of a broker's URL.
+
+    Raises UsageError where the library of the extra is not installed, or there is no broker for ``name_of``.
+    """
     to = settings.deliver.to
-    assert to is not None
-    return _to_broker(settings, broker_url.parse(to)) if broker_url.is_broker(to) else _over_http(settings, to)
+    if to is not None and broker_url.is_broker(to):
+        return _to_broker(settings, broker_url.parse(to), name_of)
+    if name_of is not None:
+        raise UsageError("deliver_name names what a broker has", hint="deliver_to=URL of a broker, or no deliver_name")
+    return None if to is None else _over_http(settings, to)
 
 
 def _over_http(settings: Settings, to: str) -> Delivery:
@@ -55,14 +62,14 @@ def _over_http(settings: Settings, to: str) -> Delivery:
     )
 
 
-def _to_broker(settings: Settings, target: BrokerTarget) -> BrokerDelivery:
+def _to_broker(settings: Settings, target: BrokerTarget, name_of: NameFunction | None) -> BrokerDelivery:
     from cdc.brokers import clients  # noqa: PLC0415 - only what delivers to a broker loads it
     from cdc.brokers.delivery import BrokerDelivery  # noqa: PLC0415 - see above
 
     deliver = settings.deliver
     return BrokerDelivery(
         _sender(target, deliver),
-        target.names(),
+        target.names(name_of),
         clients.encoding(target, deliver.format, deliver.source),
         target=str(target),
         types=deliver.types or (),

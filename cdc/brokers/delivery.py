@@ -19,7 +19,7 @@ from cdc.core.circuit_breaker import CircuitBreaker
 from cdc.core.debezium import DebeziumEncoding
 from cdc.core.deliveries import HANDLER, DeliveryError, UnreachedError
 from cdc.core.model import Change
-from cdc.core.name_template import NameTemplate
+from cdc.core.name_template import Names
 from cdc.core.router import ANY, Router
 from cdc.observability.metrics import DeliveryMetrics
 
@@ -40,7 +40,7 @@ class BrokerDelivery:
     def __init__(
         self,
         sender: BrokerSender,
-        names: NameTemplate,
+        names: Names,
         encoding: Encoding | DebeziumEncoding,
         *,
         target: str,

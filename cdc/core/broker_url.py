@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from string import ascii_letters, digits, hexdigits
 from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
-from cdc.core.name_template import NameRules, NameTemplate
+from cdc.core.name_template import ChosenNames, NameFunction, NameRules, Names, NameTemplate
 
 STRUCTURED, BINARY, DEBEZIUM = "structured", "binary", "debezium"
 _IN_HOSTS = frozenset(ascii_letters + digits + "._-")
@@ -122,8 +122,10 @@ class BrokerTarget:
     def protocol(self) -> BrokerProtocol:
         return PROTOCOLS[self.scheme]
 
-    def names(self) -> NameTemplate:
-        return NameTemplate(self.template, self.protocol.rules)
+    def names(self, function: NameFunction | None = None) -> Names:
+        """Of the template, and before it of the function."""
+        template = NameTemplate(self.template, self.protocol.rules)
+        return template if function is None else ChosenNames(function, template)
 
     def check_login(self, user: str | None, *, has_password: bool) -> None:
         """Raises ValueError for what Kafka and RabbitMQ can do nothing with. Others take a password without a user."""

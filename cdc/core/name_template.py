@@ -1,16 +1,17 @@
-"""The name of the topic, subject, stream or routing key that a change goes to, from a template. Pure.
+"""The name of the topic, subject, stream or routing key that a change goes to: a template's, or a function's. Pure.
 
 ``cdc.{type}`` of an ``order`` is ``cdc.order``. What stands for a placeholder comes from the data, so a character that
 the protocol does not allow there becomes ``_``. What is written between them must be right, or it is refused at the
-start.
+start. A function's names are its own: one that the protocol does not allow makes its change a dead letter.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from string import Formatter
+from typing import Protocol
 
 from cdc.core.deliveries import RejectedError
 from cdc.core.model import Change
@@ -37,6 +38,23 @@ class NameRules:
         if not name or self.wrong.search(name) or len(name.encode()) > self.bytes_max:
             return f"the {self.kind} has characters that are not allowed there, is empty, or is too long"
         return None
+
+
+NameFunction = Callable[[Change], str | None]
+"""In Python: the name for a change, or None for the template's."""
+
+
+class Names(Protocol):
+    """Of a protocol's ``rules``."""
+
+    @property
+    def rules(self) -> NameRules: ...
+
+    def all_known(self, types: Sequence[str]) -> list[str]:
+        """Those that are known before a change of these types (none: of any type) comes."""
+
+    def name(self, change: Change) -> str:
+        """Raises RejectedError for one that is none, or too long."""
 
 
 class NameTemplate:
@@ -84,3 +102,31 @@ class NameTemplate:
     def _made(self, entity_type: str, schema: str | None, table: str, operation: str) -> str:
         values = zip(PLACEHOLDERS, (entity_type, schema or "_", table, operation), strict=True)
         return self.text.format(**{name: self.rules.illegal.sub("_", value) or "_" for name, value in values})
+
+
+class ChosenNames:
+    """Those of ``function``, which is called once for each attempt; where it returns None, those of ``template``."""
+
+    def __init__(self, function: NameFunction, template: NameTemplate) -> None:
+        self.rules = template.rules
+        self._function = function
+        self._template = template
+        self._right: set[str] = set()
+
+    def all_known(self, _types: Sequence[str]) -> list[str]:
+        """None: the function decides for each change."""
+        return []
+
+    def name(self, change: Change) -> str:
+        """Raises RejectedError for one that is none, TypeError for what is no text, and what the function raises."""
+        found = self._function(change)
+        if found is None:
+            return self._template.name(change)
+        if not isinstance(found, str):
+            raise TypeError(f"the function for names returned {type(found).__name__}, not a text or None")
+        if found not in self._right:
+            if wrong := self.rules.fault(found):
+                raise RejectedError(f"the function's name for it cannot be one: {wrong}")
+            if len(self._right) < _REMEMBERED:
+                self._right.add(found)
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from decimal import Decimal
 from typing import Any
@@ -14,8 +15,8 @@ import cdc
 from cdc import sinks
 from cdc.testing import change as make_change
 from tests.eventually import eventually_async
-from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer
-from tests.fix_consumer import consuming, settled, states
+from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer, RedisServer
+from tests.fix_consumer import consuming, settled, slot_name, states
 
 _MADE = {"kafka": sinks.kafka, "nats": sinks.nats, "redis": sinks.redis, "amqp": sinks.amqp}
 _QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05}
@@ -184,3 +185,49 @@ async def test_of_messages_that_are_sent_side_by_side_only_the_one_that_is_too_l
     assert {each.event["id"] for each in await broker.received()} == {
         str(change.id) for change in changes if change is not changes[15]
     }
+
+
+async def test_a_function_of_a_sink_names_what_its_change_goes_to_and_a_payload_s_own_name_comes_first(
+    redis_server: RedisServer,
+) -> None:
+    async with sinks.redis(redis_server.url(), name=lambda each: f"of:{each.entity_id}") as sink:
+        await sink.send(make_change("x", entity_id="a"))
+        await sink.send(make_change("x", entity_id="b"), sinks.Payload("b"))
+        await sink.send(make_change("x", entity_id="c"), sinks.Payload("c", to="other"))
+    assert [each.name for each in await redis_server.received()] == ["of:a", "of:b", "other"]
+
+
+def _by_number(change: cdc.Change) -> str | None:
+    number = change.new["n"]
+    if number == 4:
+        raise LookupError("no name")
+    return {1: "even", 2: "odd", 3: None}.get(number, "a\nb")
+
+
+async def test_in_python_a_function_names_what_a_delivery_goes_to_and_its_faults_are_those_of_one_change(
+    redis_server: RedisServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    _publish(outbox_db, 5, 5)
+    settings = {"slot_name": slot_name(), "deliver_to": redis_server.url(), "max_attempts": 1}
+    work = asyncio.create_task(cdc.run(outbox, None, deliver_name=_by_number, **settings))
+    try:
+        await _all_settled(outbox_db)
+    finally:
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+    assert sorted(each.name for each in await redis_server.received()) == ["cdc:x", "even", "odd"]
+    errors = outbox_db.execute(
+        "SELECT new_data->>'n', last_error FROM entity_changes WHERE dead_at IS NOT NULL"
+    ).fetchall()
+    assert {number: error.partition(":")[0] for number, error in errors} == {"4": "LookupError", "5": "rejected"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"deliver_to": "http://127.0.0.1:1/"}], ids=["nothing", "http"])
+async def test_a_function_for_names_without_a_broker_is_refused_at_the_start(
+    settings: dict[str, Any], outbox: str
+) -> None:
+    with pytest.raises(cdc.UsageError, match="deliver_name names what a broker has"):
+        await cdc.run(outbox, None, deliver_name=str, **settings)
+    with pytest.raises(cdc.UsageError, match="deliver_name is for a delivery, and there are routers"):
+        await cdc.run(outbox, {"default": cdc.Router()}, deliver_name=str)
