@@ -105,7 +105,7 @@ def examine(settings: Settings) -> Finding | None:
     except UnreachedError as error:
         return fail(error.summary, _REACHABLE)
     except DeliveryError as error:
-        return fail(error.summary, "correct deliver.to, or the broker")
+        return fail(error.summary, error.hint or "correct deliver.to, or the broker")
     return ok("; ".join((f"{target} is reached", *said)))
 
 

@@ -25,7 +25,7 @@ import aio_pika
 from aio_pika import DeliveryMode
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.connection import Connection, make_url
-from aiormq import exceptions
+from aiormq import exceptions, spec
 from pamqp.common import FieldValue
 
 from cdc.brokers import tls
@@ -37,6 +37,8 @@ from cdc.core.deliveries import AwayError, DeliveryError, LostError, RejectedErr
 from cdc.runtime.deadline import deadline
 
 _HEARTBEAT_S = 10
+_REFUSED = spec.Basic.Properties(user_id="nobody, to ask for a right", expiration="none")
+"""No user has that name, and an expiration is a number: a login that may be anybody else is refused for that."""
 _GUEST = "guest"
 """The login of a server that has no other, which it grants on loopback only."""
 _LOST = (exceptions.AMQPConnectionError, exceptions.ChannelInvalidStateError, OSError, RuntimeError)
@@ -144,17 +146,36 @@ class AmqpSender:
     async def describe(self, name: str) -> str:
         assert self._connection is not None
         try:
-            async with await self._new_channel(self._connection) as channel:
-                if self._exchange:
-                    await channel.get_exchange(self._exchange, ensure=True)
-                    return f"{name} goes to the exchange {self._exchange}"
-                queue = await channel.get_queue(name, ensure=True)
-                return f"{name} is a queue of {queue.declaration_result.message_count} messages"
+            behind = await self._behind(self._connection, name)
+            await self._check_right(self._connection, name)
         except exceptions.ChannelNotFoundEntity:
             what = f"exchange {self._exchange}" if self._exchange else f"queue {name}"
             raise DeliveryError(f"there is no {what}: declare it, or correct deliver.to") from None
         except (exceptions.AMQPError, *_LOST) as error:
             raise DeliveryError(f"{name} cannot be looked at ({type(error).__name__})") from error
+        return behind
+
+    async def _behind(self, connection: AbstractConnection, name: str) -> str:
+        async with await self._new_channel(connection) as channel:
+            if self._exchange:
+                await channel.get_exchange(self._exchange, ensure=True)
+                return f"{name} goes to the exchange {self._exchange}; whether a queue takes it, only a message shows"
+            queue = (await channel.get_queue(name, ensure=True)).declaration_result
+        return f"{name} is a queue of {queue.message_count} messages, with {queue.consumer_count} consumers"
+
+    async def _check_right(self, connection: AbstractConnection, name: str) -> None:
+        """By a message that the broker looks at the right for, and then refuses, for its user and for its expiration.
+
+        Raises DeliveryError where one would be refused.
+        """
+        try:
+            async with deadline(CONNECT_S), await self._new_channel(connection) as channel:
+                under = await channel.get_underlay_channel()
+                await under.basic_publish(b"", exchange=self._exchange, routing_key=name, properties=_REFUSED)
+        except exceptions.ChannelPreconditionFailed:
+            return
+        except exceptions.ChannelAccessRefused:
+            raise _no_right() from None
 
     async def close(self) -> None:
         connection, self._connection, self._channel = self._connection, None, None
@@ -204,10 +225,18 @@ def _meaning(error: BaseException, name: str) -> Result:
         case exceptions.ChannelNotFoundEntity():
             return DeliveryError("the exchange is not there: declare it, or correct deliver.to")
         case exceptions.ChannelAccessRefused():
-            return DeliveryError("the login has no right to write to the exchange")
+            return _no_right()
         case exceptions.ChannelClosed():
             return RejectedError(f"the broker closes the channel for it ({type(error).__name__})")
     return LostError(f"the connection to the broker broke before a confirmation came ({_word(error)})")
+
+
+def _no_right() -> DeliveryError:
+    hint = (
+        "rabbitmqctl set_permissions -p VHOST USER '' '^EXCHANGE$' '', where its right to write is the second;"
+        " for some routing keys only, set_topic_permissions"
+    )
+    return DeliveryError("the login has no right to write to the exchange, or with this routing key", hint=hint)
 
 
 def _word(error: BaseException) -> str:

@@ -336,7 +336,8 @@ def _name(error: BaseException) -> str:
 
 
 def _denied(topic: str) -> DeliveryError:
-    return DeliveryError(f"the login has no right to write to the topic {topic}")
+    hint = f"kafka-acls.sh --add --allow-principal User:NAME --operation Write --operation Describe --topic {topic}"
+    return DeliveryError(f"the login has no right to write to the topic {topic}", hint=hint)
 
 
 def _no_topic(topic: str) -> DeliveryError:

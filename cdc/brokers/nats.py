@@ -12,6 +12,7 @@ switched off: it would send again what it has in its buffer, behind the order th
                                 any other error                         again later
     no responders               no stream has the subject               again later
     permissions violation       an asynchronous error that names it     again later
+                                or the inbox, where no answer comes     again later
     the connection is lost      for all that is under way               away
 """
 
@@ -29,7 +30,7 @@ import nats.errors
 import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.js.api import DiscardPolicy, StreamConfig
+from nats.js.api import DiscardPolicy, RetentionPolicy, StreamConfig, StreamInfo
 
 from cdc.brokers import tls
 from cdc.brokers.acks import Acks, Result
@@ -49,6 +50,15 @@ _FULL = {10_023, 10_028, 10_047, 10_077}
 """Error codes of JetStream: no resources, no memory or storage left for the account, and a stream at its limits."""
 _TOO_LARGE = 10_054
 _VIOLATION = 'permissions violation for publish to "'
+_NOT_SUBSCRIBED = 'permissions violation for subscription to "'
+_INBOXES = "_INBOX.>"
+_RESERVED = "_R_.cdc"
+"""A reply subject that a client may not name."""
+_ASK_NAMES, _ASK_ABOUT = "$JS.API.STREAM.NAMES", "$JS.API.STREAM.INFO"
+_UNTIL = {
+    RetentionPolicy.INTEREST: "what a consumer of it waits for, and nothing where there is none",
+    RetentionPolicy.WORK_QUEUE: "until a consumer has acknowledged it",
+}
 _STORED = b'{"stream":"'
 _WORDS = 200
 _CLOSED = "the connection to the broker was closed before an acknowledgement came"
@@ -109,22 +119,28 @@ class NatsSender:
         return results
 
     async def describe(self, name: str) -> str:
-        assert self._connection is not None
-        stream = self._connection.client.jetstream(timeout=CONNECT_S)
+        connection = self._connection
+        assert connection is not None
+        stream = connection.client.jetstream(timeout=CONNECT_S)
         try:
-            found = await stream.stream_info(await stream.find_stream_name_by_subject(name))
+            if not await connection.may_publish(name):
+                raise _denied(name)
+            if not await connection.may_publish(_ASK_NAMES):
+                return f"the login may publish to {name}; its stream: not known, the login may not ask ({_ASK_NAMES})"
+            in_stream = await stream.find_stream_name_by_subject(name)
+            if not await connection.may_publish(f"{_ASK_ABOUT}.{in_stream}"):
+                return (
+                    f"{name} goes into the stream {in_stream}; what it keeps: not known, the login may not ask"
+                    f" ({_ASK_ABOUT}.{in_stream})"
+                )
+            found = await stream.stream_info(in_stream)
         except nats.js.errors.NotFoundError:
             raise _no_stream(name) from None
         except nats.errors.NoRespondersError:
             raise DeliveryError("the server has no JetStream: start it with it (-js), and create a stream") from None
         except (OSError, nats.errors.Error) as error:
             raise DeliveryError(f"the stream cannot be looked at ({type(error).__name__})") from error
-        config = found.config
-        window = f"{config.duplicate_window:g} s" if config.duplicate_window else "none"
-        return (
-            f"{name} goes into the stream {config.name} of {found.state.messages} messages, replicas:"
-            f" {config.num_replicas}, window for doubles: {window}, keeps: {_kept(config)}"
-        )
+        return _described(name, found)
 
     async def close(self) -> None:
         await self._end(LostError(_CLOSED))
@@ -149,6 +165,10 @@ class _Connection:
         self._publishing: set[asyncio.Timeout] = set()
         """Of what is being handed to the client: ended with the connection."""
         self._reader: asyncio.Task[Any] | None = None
+        self._deaf: DeliveryError | None = None
+        """No answer can come."""
+        self._asked: set[str] = set()
+        """Subjects whose right is asked for and not denied, in small letters."""
 
     async def open(self, server: str, options: dict[str, Any]) -> None:
         await self.client.connect(
@@ -159,7 +179,25 @@ class _Connection:
         self._inbox = self.client.new_inbox()
         await self.client.subscribe(f"{self._inbox}.*.*", cb=self._answered)
 
+    async def may_publish(self, subject: str) -> bool:
+        """Whether the login has the right to, which the server looks at first. It then refuses the reply subject, which
+        is of those that it keeps for itself, so that nothing is sent to anybody.
+
+        Raises DeliveryError where no answer to anything can come.
+        """
+        asked = subject.lower()
+        self._asked.add(asked)
+        await self.client.publish(subject, b"", _RESERVED)
+        await self.client.flush(int(CONNECT_S))  # what is refused is told before
+        if self._deaf is not None:
+            raise self._deaf
+        allowed = asked in self._asked
+        self._asked.discard(asked)
+        return allowed
+
     async def send(self, messages: Sequence[Message], timeout_s: float) -> list[Result]:
+        if self._deaf is not None:
+            return [self._deaf] * len(messages)
         acks, token = Acks(len(messages)), str(next(self._tokens))
         self._open[token] = acks, messages
         try:
@@ -217,12 +255,24 @@ class _Connection:
 
     async def _failed(self, error: Exception) -> None:
         self.failure = error
-        _, found, rest = str(error).lower().partition(_VIOLATION)
-        denied = rest.partition('"')[0]
-        for acks, messages in list(self._open.values()) if found else []:
-            for place in [place for place in acks.open() if messages[place].name.lower() == denied]:
-                text = f"the login has no right to publish to the subject {messages[place].name}"
-                acks.ended(place, DeliveryError(text))
+        told = str(error).lower()
+        if f"{_NOT_SUBSCRIBED}{self._inbox.lower()}." in told:
+            self._deaf = DeliveryError(
+                f"the login has no right to subscribe to {_INBOXES}, where acknowledgements come",
+                hint=f'add it to the permissions of the login: subscribe: ["{_INBOXES}"]',
+            )
+            for acks, _ in self._open.values():
+                acks.lost(self._deaf)
+        _, found, rest = told.partition(_VIOLATION)
+        if found:
+            self._refuse(rest.partition('"')[0])
+
+    def _refuse(self, subject: str) -> None:
+        """``subject``: in small letters, as the client gives it."""
+        self._asked.discard(subject)
+        for acks, messages in self._open.values():
+            for place in [place for place in acks.open() if messages[place].name.lower() == subject]:
+                acks.ended(place, _denied(messages[place].name))
 
     async def _disconnected(self) -> None:
         self._lost(self._why(nats.errors.ConnectionClosedError()))
@@ -290,14 +340,33 @@ def _headers(message: Message) -> tuple[dict[str, str], int]:
     return headers, size
 
 
+def _described(name: str, stream: StreamInfo) -> str:
+    config = stream.config
+    if config.no_ack:
+        raise DeliveryError(f"the stream {config.name} acknowledges nothing (no_ack), so no change would ever be done")
+    if config.sealed:
+        raise DeliveryError(f"the stream {config.name} is sealed, and takes no message any more")
+    window = f"{config.duplicate_window:g} s" if config.duplicate_window else "none"
+    return (
+        f"{name} goes into the stream {config.name} of {stream.state.messages} messages, replicas:"
+        f" {config.num_replicas}, window for doubles: {window}, keeps: {_kept(config)}"
+    )
+
+
 def _kept(config: StreamConfig) -> str:
     """What becomes of messages that nobody has read."""
+    until = _UNTIL.get(config.retention or RetentionPolicy.LIMITS, "")
     limits = {"messages": config.max_msgs, "bytes": config.max_bytes, "seconds": config.max_age}
     found = [f"{value:.0f} {unit}" for unit, value in limits.items() if value and value > 0]
     if not found:
-        return "all"
+        return until or "all"
     full = "refuses more" if config.discard == DiscardPolicy.NEW else "drops the oldest"
-    return f"{', '.join(found)}, and then {full}"
+    return f"{', '.join([*found, *filter(None, [until])])}, and then {full}"
+
+
+def _denied(subject: str) -> DeliveryError:
+    hint = f'add it to the permissions of the login: publish: ["{subject}"]'
+    return DeliveryError(f"the login has no right to publish to the subject {subject}", hint=hint)
 
 
 def _no_stream(subject: str) -> DeliveryError:

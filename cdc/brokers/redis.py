@@ -171,7 +171,7 @@ class RedisSender:
         except exceptions.ResponseError as error:
             meant = _meaning(error)
             if not isinstance(meant, DeliveryError) or isinstance(error, exceptions.NoPermissionError):
-                raise DeliveryError(str(meant)) from None
+                raise DeliveryError(str(meant), hint=getattr(meant, "hint", "")) from None
         except (exceptions.RedisError, OSError) as error:
             raise DeliveryError(f"the stream {stream} cannot be looked at ({type(error).__name__})") from error
 
@@ -202,5 +202,5 @@ def _meaning(reply: Exception) -> Exception:
         why = type(reply).__name__ if isinstance(reply, _SERVER) else code
         return AwayError(f"the server takes nothing ({why})")
     if isinstance(reply, exceptions.NoPermissionError):
-        return DeliveryError("the login has no right to append to the stream")
+        return DeliveryError("the login has no right to append to the stream", hint="ACL SETUSER NAME +xadd ~STREAM")
     return DeliveryError(f"the server refuses it ({code if code.isupper() else type(reply).__name__})", str(reply))

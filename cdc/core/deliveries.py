@@ -9,11 +9,12 @@ HANDLER = "deliver"
 
 
 class DeliveryError(SafeError, Retry):
-    """Retry later; an attempt is counted."""
+    """Retry later; an attempt is counted. ``hint``: what an operator can do now, more than the summary says."""
 
-    def __init__(self, summary: str, text: str = "", after: float | None = None) -> None:
+    def __init__(self, summary: str, text: str = "", after: float | None = None, *, hint: str = "") -> None:
         Retry.__init__(self, after, text or summary)
         self.summary = summary
+        self.hint = hint
 
 
 class AwayError(SafeError, Unavailable):

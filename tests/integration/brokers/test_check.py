@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nats
 import psycopg
 import pytest
 from click.testing import CliRunner, Result
@@ -26,7 +28,7 @@ from cdc.app import config, delivery
 from cdc.cli import cdc as command
 from cdc.diagnostics.findings import Finding, Severity
 from tests.eventually import eventually_async
-from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer, RedisServer
+from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer, RabbitServer, RedisServer
 from tests.fix_consumer import consuming, settled, states
 
 
@@ -155,6 +157,7 @@ async def test_the_doctor_says_what_a_topic_keeps_and_whether_the_login_may_writ
     found = await asyncio.to_thread(partial(_found, url, **_APP))
     assert found.severity is Severity.FAIL
     assert found.detail.startswith("the login has no right to write to the topic ")
+    assert found.remedy.startswith("kafka-acls.sh --add")
 
 
 async def test_a_login_of_kafka_without_rights_has_changes_wait_until_it_is_given_them(
@@ -191,6 +194,136 @@ async def test_the_doctor_says_what_a_stream_of_nats_keeps(nats_server: NatsServ
     )
 
 
+_USERS_OF_NATS = """
+authorization { users = [
+  {user: all, password: hunter},
+  {user: writer, password: hunter, permissions: {publish: ["cdc.>"], subscribe: "_INBOX.>"}},
+  {user: names, password: hunter, permissions: {publish: ["cdc.>", "$JS.API.STREAM.NAMES"], subscribe: "_INBOX.>"}},
+  {user: other, password: hunter, permissions: {publish: {allow: [">"], deny: ["cdc.x"]}}},
+  {user: deaf, password: hunter, permissions: {publish: [">"], subscribe: "cdc.>"}},
+] }
+"""
+
+
+@pytest.fixture
+def nats_with_rights(nats_server: NatsServer, tmp_path: Path) -> NatsServer:
+    """Who says nothing is ``all``, the test itself."""
+    users = tmp_path / "users.conf"
+    users.write_text(f"{_USERS_OF_NATS}no_auth_user: all\n")
+    nats_server.restart("--config", str(users))
+    return nats_server
+
+
+@pytest.mark.parametrize(
+    ("user", "severity", "detail"),
+    [
+        ("all", Severity.OK, r"cdc\.x goes into the stream CDC of 0 messages, .* keeps: all$"),
+        ("writer", Severity.OK, r"the login may publish to cdc\.x; its stream: not known, the login may not ask"),
+        ("names", Severity.OK, r"cdc\.x goes into the stream CDC; what it keeps: not known, the login may not ask"),
+        ("other", Severity.FAIL, r"^the login has no right to publish to the subject cdc\.x$"),
+        ("deaf", Severity.FAIL, r"^the login has no right to subscribe to _INBOX\.>, where acknowledgements come$"),
+    ],
+)
+async def test_the_doctor_says_whether_a_login_of_nats_may_publish_and_sends_nothing_to_anybody(
+    user: str, severity: Severity, detail: str, nats_with_rights: NatsServer
+) -> None:
+    await nats_with_rights.prepare()
+    async with await nats.connect(f"nats://{nats_with_rights.address}") as client:
+        seen = await client.subscribe("cdc.>")
+        await client.flush()
+        login = {"deliver_user": user, "deliver_password": "hunter"}
+        found = await asyncio.to_thread(partial(_found, nats_with_rights.url(), **login))
+        await client.flush()
+        assert seen.pending_msgs == 0
+    assert (found.severity, bool(re.search(detail, found.detail))) == (severity, True), found.detail
+    assert ("the permissions of the login" in found.remedy) == (severity is Severity.FAIL)
+    assert await nats_with_rights.received() == []
+
+
+async def test_a_login_of_nats_to_which_no_answer_comes_makes_dead_letters_that_say_so(
+    nats_with_rights: NatsServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await nats_with_rights.prepare()
+    outbox_db.execute("SELECT publish_change('x', 'k' || n, 'INSERT', '{}') FROM generate_series(1, 3) AS n")
+    login: dict[str, Any] = {"deliver_user": "deaf", "deliver_password": "hunter"}
+
+    async def done() -> bool:
+        return settled(outbox_db)
+
+    async with consuming(outbox, None, deliver_to=nats_with_rights.url(), max_attempts=1, **login):
+        await eventually_async(done, what="every change is processed or dead")
+    [[error]] = outbox_db.execute("SELECT DISTINCT last_error FROM entity_changes").fetchall()
+    assert error == "the login has no right to subscribe to _INBOX.>, where acknowledgements come"
+
+
+@pytest.mark.parametrize(
+    ("limits", "severity", "detail"),
+    [
+        ({"no_ack": True}, Severity.FAIL, "the stream CDC acknowledges nothing (no_ack)"),
+        ({"retention": "interest"}, Severity.OK, "keeps: what a consumer of it waits for, and nothing where there is"),
+        (
+            {"retention": "workqueue", "max_msgs": 9, "discard": "new"},
+            Severity.OK,
+            "keeps: 9 messages, until a consumer",
+        ),
+    ],
+)
+async def test_the_doctor_says_what_a_stream_of_nats_does_with_what_it_gets(
+    limits: dict[str, Any], severity: Severity, detail: str, nats_server: NatsServer
+) -> None:
+    await nats_server.prepare(**limits)
+    found = await asyncio.to_thread(_found, nats_server.url())
+    assert found.severity is severity
+    assert detail in found.detail
+
+
+@pytest.mark.parametrize(
+    ("rights", "severity"),
+    [
+        ([("set_permissions", "{user}", "", "^{exchange}$", "")], Severity.OK),
+        ([("set_permissions", "{user}", ".*", "", ".*")], Severity.FAIL),
+        (
+            [
+                ("set_permissions", "{user}", "", ".*", ""),
+                ("set_topic_permissions", "{user}", "{exchange}", "^other$", ".*"),
+            ],
+            Severity.FAIL,
+        ),
+        (
+            [("set_permissions", "{user}", "", ".*", ""), ("set_user_tags", "{user}", "impersonator")],
+            Severity.OK,
+        ),
+    ],
+    ids=["may write", "may not write", "may not write with this key", "may be anybody else"],
+)
+async def test_the_doctor_says_whether_a_login_of_rabbitmq_may_write_and_no_queue_gets_anything(
+    rights: list[tuple[str, ...]], severity: Severity, rabbit_server: RabbitServer
+) -> None:
+    await rabbit_server.prepare()
+    exchange = rabbit_server.url().split("/")[-2]
+    given = {"user": f"u-{exchange}", "exchange": exchange}
+    await asyncio.to_thread(rabbit_server.control, "add_user", given["user"], "hunter")
+    for right in rights:
+        await asyncio.to_thread(rabbit_server.control, *(part.format(**given) for part in right))
+    login = {"deliver_user": given["user"], "deliver_password": "hunter"}
+    found = await asyncio.to_thread(partial(_found, rabbit_server.url(), **login))
+    assert found.severity is severity, found.detail
+    if severity is Severity.FAIL:
+        assert found.detail == "the login has no right to write to the exchange, or with this routing key"
+        assert found.remedy.startswith("rabbitmqctl set_permissions")
+    else:
+        assert "whether a queue takes it, only a message shows" in found.detail
+    assert await rabbit_server.received() == []
+
+
+async def test_the_doctor_looks_at_a_queue_of_rabbitmq_by_its_name(rabbit_server: RabbitServer) -> None:
+    await rabbit_server.prepare()
+    queue = rabbit_server.url().split("/")[-2]
+    found = await asyncio.to_thread(_found, f"amqp://{rabbit_server.address}/%2F//{queue}")
+    assert found.severity is Severity.OK
+    assert found.detail.endswith(f"{queue} is a queue of 0 messages, with 0 consumers")
+
+
 async def test_the_doctor_says_whether_redis_would_take_an_entry_and_writes_none(redis_server: RedisServer) -> None:
     assert (await asyncio.to_thread(_found, redis_server.url())).severity is Severity.OK
     async with Redis(port=redis_server.port) as client:
@@ -198,6 +331,11 @@ async def test_the_doctor_says_whether_redis_would_take_an_entry_and_writes_none
     login = {"deliver_user": "reader", "deliver_password": "hunter"}
     found = await asyncio.to_thread(partial(_found, redis_server.url(), **login))
     assert (found.severity, found.detail) == (Severity.FAIL, "the login has no right to append to the stream")
+    assert found.remedy == "ACL SETUSER NAME +xadd ~STREAM"
+    async with Redis(port=redis_server.port) as client:
+        await client.execute_command(*found.remedy.replace("NAME", "reader").replace("~STREAM", "~*").split())
+    found = await asyncio.to_thread(partial(_found, redis_server.url(), **login))
+    assert found.severity is Severity.OK
     await redis_server.fill()
     found = await asyncio.to_thread(_found, redis_server.url())
     assert (found.severity, found.detail) == (Severity.FAIL, "the server takes nothing (OutOfMemoryError)")
