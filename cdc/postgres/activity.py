@@ -21,7 +21,7 @@ _LIMIT_S = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Processed:
+class ProcessingRate:
     """Changes a second of the last minute; latencies in seconds, from the change to its mark, None: not known."""
 
     entity_type: str
@@ -32,8 +32,8 @@ class Processed:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
-    """Failed attempts of the last hour. ``dead``: after so many the change was dead. ``more``: than were looked at."""
+class FailedAttempts:
+    """FailedAttempts attempts of the last hour. ``dead``: after so many the change was dead. ``more``: than were looked at."""
 
     subscription: str
     handler: str | None
@@ -50,17 +50,17 @@ class Activity:
     def __init__(self, schema: str) -> None:
         self._statements = load("activity.sql", schema)
 
-    def processed(self, connection: psycopg.Connection) -> list[Processed]:
+    def processed(self, connection: psycopg.Connection) -> list[ProcessingRate]:
         """By the default subscription, the most first."""
         given = {"seconds": PROCESSED_S, "bound": _BOUND, "shown": _SHOWN}
-        with bounded(connection, _LIMIT_S), connection.cursor(row_factory=class_row(Processed)) as cursor:
+        with bounded(connection, _LIMIT_S), connection.cursor(row_factory=class_row(ProcessingRate)) as cursor:
             return cursor.execute(self._statements["processed"], given).fetchall()
 
-    def failed(self, connection: psycopg.Connection) -> list[Failed] | None:
+    def failed(self, connection: psycopg.Connection) -> list[FailedAttempts] | None:
         """By all subscriptions, the most first. None where the outbox is too old, or the role may not see them."""
         given = {"seconds": FAILED_S, "bound": _BOUND, "shown": _SHOWN}
         try:
-            with bounded(connection, _LIMIT_S), connection.cursor(row_factory=class_row(Failed)) as cursor:
+            with bounded(connection, _LIMIT_S), connection.cursor(row_factory=class_row(FailedAttempts)) as cursor:
                 return cursor.execute(self._statements["failed"], given).fetchall()
         except (errors.UndefinedTable, errors.InsufficientPrivilege):
             return None

@@ -70,6 +70,7 @@ def make_api(source: Source) -> FastAPI:
     _reading(api)
     _reading_the_rest(api)
     _deciding(api)
+    _controlling(api)
     return api
 
 
@@ -203,6 +204,9 @@ def _deciding(api: FastAPI) -> None:
             operations, who(given.because), given, "replay", latest_per_key=given.latest_per_key, since=since
         )
         return {**decided, "unless_replayed_since": since}
+
+
+def _controlling(api: FastAPI) -> None:
 
     @api.post("/pauses", response_model=models.Paused)
     def pause(operations: Opened, who: Who, given: models.PauseGiven) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cdc.diagnostics import doctor, status
 from cdc.diagnostics.facts import Subject
 from cdc.diagnostics.findings import Finding
 from cdc.postgres.actions import Action, ActionLog, Actor
-from cdc.postgres.activity import Activity, Failed, Processed
+from cdc.postgres.activity import Activity, FailedAttempts, ProcessingRate
 from cdc.postgres.admin import Attempt, CauseLink, ChangeSummary, Filter, OutboxAdmin, Reference
 from cdc.postgres.backfill import UNFINISHED, Backfill, Backfills
 from cdc.postgres.bulk import Bulk, Round, Wanted
@@ -176,12 +176,12 @@ class Operations:
     def slot(self) -> SlotReport | None:
         return slots.snapshot(self._connection, self._source.slot)
 
-    def processed(self) -> list[tuple[str | None, Processed]]:
+    def processed(self) -> list[tuple[str | None, ProcessingRate]]:
         """With the handler of each, where that is known."""
         found = Activity(self._schema).processed(self._connection)
         return [(self._source.handler(each.entity_type, each.operation), each) for each in found]
 
-    def failed(self) -> list[Failed] | None:
+    def failed(self) -> list[FailedAttempts] | None:
         return Activity(self._schema).failed(self._connection)
 
     def search(
