@@ -76,7 +76,10 @@ class SharedStream:
 
     def exposed(self) -> bool:
         """Whether a change runs that may end the process; from any thread."""
-        return any(each.exposed() for each in (self.leading, *self.beside) if each is not None)
+        for each in self.beside:
+            if each.exposed():
+                return True
+        return self.leading is not None and self.leading.exposed()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
