@@ -51,6 +51,8 @@ class AmqpSender:
         self._virtual_host, self._exchange = target.places
         self._connection: AbstractConnection | None = None
         self._channel: AbstractChannel | None = None
+        self._ended: tuple[AbstractConnection, LostError] | None = None
+        """The last connection that was lost, and the reason for whatever was under way on it."""
 
     @property
     def connected(self) -> bool:
@@ -108,9 +110,15 @@ class AmqpSender:
         for place, result in enumerate(results):
             if isinstance(result, RejectedError):  # or another message is, of this call or of one beside it
                 results[place] = await self._alone(connection, messages[place], timeout_s)
-        if any(isinstance(result, LostError) for result in results) and connection is self._connection:
+        lost = next((result for result in results if isinstance(result, LostError)), None)
+        if lost is None:
+            return results
+        if self._ended is None or self._ended[0] is not connection:
+            self._ended = connection, lost
+        why = self._ended[1]
+        if connection is self._connection:
             await self.close()
-        return results
+        return [why if isinstance(result, LostError) else result for result in results]
 
     async def _alone(self, connection: AbstractConnection, message: Message, timeout_s: float) -> Result:
         try:

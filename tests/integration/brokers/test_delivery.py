@@ -35,11 +35,11 @@ def _publish(db: psycopg.Connection, count: int, keys: int = 1, entity_type: str
     )
 
 
-async def _all_settled(db: psycopg.Connection) -> None:
+async def _all_settled(db: psycopg.Connection, within_s: float = 30.0) -> None:
     async def check() -> bool:
         return settled(db)
 
-    await eventually_async(check, what="every change processed or dead")
+    await eventually_async(check, what="every change processed or dead", within_s=within_s)
 
 
 async def _true(condition: Any, what: str = "") -> None:
@@ -149,7 +149,7 @@ async def test_a_broker_that_is_killed_meanwhile_loses_nothing_and_keeps_the_ord
             _publish(outbox_db, 1_000, 50)
             await _true(lambda: states(outbox_db).get("processed", 0) > 0)
             await asyncio.to_thread(broker.restart)
-        await _all_settled(outbox_db)
+        await _all_settled(outbox_db, within_s=120.0)  # a round trip to the broker for each of 60 rounds
     assert states(outbox_db) == {"processed": 3_000}
     assert _attempts(outbox_db) == 0
     assert _whole_and_in_order(await broker.received(), 3_000)

@@ -19,7 +19,10 @@ def _message(headers: dict[str, str], id_: str = "an-id") -> Message:
     return Message("cdc.x", id_, "key", b"", headers)
 
 
-@given(st.dictionaries(st.text(max_size=10), st.text(max_size=40), max_size=5), st.text(max_size=40))
+_TEXTS = st.text(st.sampled_from("a-Z 0%\r\n\u00e9\u20ac\U0001f600"), max_size=20)
+
+
+@given(st.dictionaries(_TEXTS, _TEXTS, max_size=5), _TEXTS)
 def test_the_headers_of_a_message_weigh_what_their_bytes_on_the_wire_do(headers: dict[str, str], id_: str) -> None:
     whole = {**headers, "Nats-Msg-Id": id_}
     wire = _HEAD + b"".join(f"{name}: {value}\r\n".encode() for name, value in whole.items()) + b"\r\n"
@@ -38,10 +41,7 @@ def _written(client: Client, headers: dict[str, str]) -> bytes:
     return sent[0]
 
 
-_LINES = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\r\n \t"), max_size=20)
-
-
-@given(st.dictionaries(st.from_regex(r"\A[a-z-]{1,8}\Z"), _LINES, max_size=4))
+@given(st.dictionaries(st.sampled_from(["cdc-id", "cdc-time", "x", "y-z"]), _TEXTS, max_size=4))
 def test_what_is_left_out_of_the_clients_search_for_line_breaks_changes_nothing(headers: dict[str, str]) -> None:
     client = Client()
     assert _written(client, _headers(_message(headers))[0]) == _written(client, {**headers, "Nats-Msg-Id": "an-id"})
