@@ -26,7 +26,6 @@ from cdc.core.router import Router
 from cdc.diagnostics.facts import Subject
 from cdc.postgres import grants
 from cdc.runtime import web_server
-from cdc.runtime.http_connections import Connection
 from tests.eventually import eventually
 
 ALONE = Doors(alone="anna")
@@ -38,10 +37,7 @@ def serving(dsn: str, doors: Doors = ALONE, router: Router | None = None) -> Ite
     subject = Subject(dsn=dsn, stream_dsn=dsn, schema="public", slot="cdc", streams=False)
     source = Source(dsn, "public", slot="cdc", subject=subject, router=router)
     with web_server.listening("127.0.0.1", 0, options="") as listener:
-        config = uvicorn.Config(
-            make_app(source, doors), lifespan="on", ws="none", http=Connection, log_config=None, access_log=False
-        )
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(web_server.configured(make_app(source, doors)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:

@@ -33,7 +33,7 @@ class ProcessingRate:
 
 @dataclass(frozen=True, slots=True)
 class FailedAttempts:
-    """FailedAttempts attempts of the last hour. ``dead``: after so many the change was dead. ``more``: than were looked at."""
+    """Those of the last hour. ``dead``: after so many the change was dead. ``more``: than were looked at."""
 
     subscription: str
     handler: str | None

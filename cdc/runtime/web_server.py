@@ -20,14 +20,17 @@ _GRACE_S = 10
 
 def serve(app: Any, listener: socket.socket) -> None:
     """Until SIGTERM, SIGINT or SIGHUP; requests being answered get ten seconds."""
-    # No compression, no access log, no server name; ``http_connections`` limits slow requests.
-    config = uvicorn.Config(
+    server = _Server(configured(app))
+    process.hand_over(lambda _: setattr(server, "should_exit", True))
+    server.run(sockets=[listener])
+
+
+def configured(app: Any) -> uvicorn.Config:
+    """No compression, no access log, no server name, no word of a proxy; ``http_connections`` limits slow requests."""
+    return uvicorn.Config(
         app, lifespan="on", ws="none", http=Connection, log_config=None, log_level="warning", access_log=False,
         server_header=False, proxy_headers=False, limit_concurrency=_REQUESTS_MAX, timeout_graceful_shutdown=_GRACE_S,
     )  # fmt: skip
-    server = _Server(config)
-    process.hand_over(lambda _: setattr(server, "should_exit", True))
-    server.run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hmac
 import ipaddress
 import secrets
@@ -60,8 +59,9 @@ class Doors:
 
     def person(self, headers: Headers, client: str | None) -> str | None:
         """Who asks; None: nobody who is known."""
-        if self.header and (name := headers.get(self.header)) and self._is_proxy(client):
-            return name[:_NAME_MAX]
+        if self.header and self._is_proxy(client) and (names := headers.getlist(self.header)):
+            # A proxy that adds its word to that of its client has not said who it is.
+            return names[0][:_NAME_MAX] or None if len(names) == 1 else None
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() == "basic":
             return self._of_basic(given)
@@ -72,7 +72,7 @@ class Doors:
     def _of_basic(self, given: str) -> str | None:
         try:
             name, _, password = base64.b64decode(given.strip(), validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # it is no base64, or not of UTF-8
             return None
         # One that is not there takes as long as one that is, and has a secret that nobody knows.
         return name if _same(self.logins().get(name, self.key.hex()), password) else None
@@ -82,6 +82,7 @@ class Doors:
             address = ipaddress.ip_address(client or "")
         except ValueError:
             return False
+        address = getattr(address, "ipv4_mapped", None) or address  # as a socket of IPv6 has those of IPv4
         return any(address in ipaddress.ip_network(each) for each in self.networks)
 
     def token(self, person: str) -> str:
@@ -101,9 +102,10 @@ class Access:
         self._names = frozenset(name.lower() for name in doors.hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        assert scope["type"] == "http", "the server knows no other protocol"
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -113,7 +115,7 @@ class Access:
             await send(message)
 
         headers = Headers(scope=scope)
-        answer = self._refused_name(headers)
+        answer = _refused_length(headers) or self._refused_name(headers)
         if answer is None:
             person = self._doors.person(headers, scope["client"][0] if scope.get("client") else None)
             answer = await self._refused(scope["method"], headers, person)
@@ -141,6 +143,13 @@ class Access:
         return None
 
 
+def _refused_length(headers: Headers) -> Response | None:
+    """Whoever stands before us may have read another length, and what is behind it as ours (RFC 9112, 6.3)."""
+    if "transfer-encoding" in headers and "content-length" in headers:
+        return PlainTextResponse("a request has one length\n", 400, {"Connection": "close"})
+    return None
+
+
 def _bounded(receive: Receive) -> Receive:
     """Content-Length is only the client's claim. Who sends more than it may is gone for the application."""
     received = 0
@@ -159,7 +168,10 @@ def _is_ours(headers: Headers) -> bool:
     if headers.get("sec-fetch-site", "none") not in {"same-origin", "none"}:
         return False
     origin = headers.get("origin")
-    return origin is None or urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
+    try:
+        return origin is None or urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
+    except ValueError:  # it is no URL
+        return False
 
 
 def _same(one: str, other: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cdc import __version__
-from cdc.core.printable import printable
+from cdc.core.printable import printable, printable_json, printable_lines
 from cdc.core.units import format_bytes, format_duration
 
 _SHORT = 90
@@ -26,6 +26,7 @@ def environment() -> Environment:
     made.filters.update(
         moment=_moment, duration=lambda value: "" if value is None else format_duration(value), size=format_bytes,
         short=_short, number=lambda value: f"{value:,}", line=printable,
+        lines=printable_lines, json=printable_json,
     )  # fmt: skip
     made.globals.update(version=__version__)
     return made

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg
 import pytest
+from starlette.datastructures import Headers
 
 from cdc.contrib.ui.access import Doors
 from tests.commands import refused
@@ -97,3 +100,71 @@ def test_a_secret_is_never_said(outbox: str, tmp_path: Path, monkeypatch: pytest
     said = refused(outbox, "ui")
     assert "line 2 is not NAME:SECRET" in said
     assert SECRET not in said
+
+
+def _raw(address: str, line: str, *headers: bytes, body: bytes = b"") -> tuple[int, str]:
+    """What is sent as it is, on a connection of its own: the status and the whole answer. Status 0: none came."""
+    host, _, port = address.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as link:
+        names = (b"Host: " + address.removeprefix("http://").encode(), *headers)
+        if _KEPT not in headers:
+            names = (*names, b"Connection: close")
+        with suppress(OSError):  # it may have answered, and closed, before all is sent
+            link.sendall(line.encode() + b"\r\n" + b"\r\n".join(names) + b"\r\n\r\n" + body)
+        said = bytearray()
+        with suppress(OSError):
+            while piece := link.recv(65_536):
+                said += piece
+    text = said.decode("utf-8", "replace")
+    return (int(text.split(" ", 2)[1]) if text.startswith("HTTP/1.1 ") else 0), text
+
+
+_KEPT = b"Connection: keep-alive"
+_LOGIN = b"Authorization: " + LOGIN["Authorization"].encode()
+_DECIDE, _CHUNKED = "POST /decide HTTP/1.1", b"Transfer-Encoding: chunked"
+_TEN_MB = b"".join(b"10000\r\n" + b"a" * 65_536 + b"\r\n" for _ in range(160)) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(("line", "headers", "body", "status"), [
+    ("GET / HTTP/1.1", (b"Authorization: Basic \xff\xfe",), b"", 401),
+    ("GET / HTTP/1.1", (b"Authorization: Basic YW5uYQ==",), b"", 401),
+    ("GET / HTTP/1.1", (b"Authorization: Bearer \xff",), b"", 401),
+    ("GET / HTTP/1.1", (b"Authorization: Bearer wrong", _LOGIN), b"", 401),
+    ("GET / HTTP/1.1", (b"X-Forwarded-User: root", b"X-Forwarded-For: 10.0.0.1, 10.0.0.2"), b"", 401),
+    ("GET / HTTP/1.1", (b"X-Forwarded-User: root", b"Forwarded: for=10.0.0.1"), b"", 401),
+    ("GET http://evil.example/ HTTP/1.1", (_LOGIN,), b"", 404),
+    ("GET /changes/\0 HTTP/1.1", (_LOGIN,), b"", 400),
+    ("GET / HTTP/1.1", (_LOGIN, b"Upgrade: websocket", b"Sec-WebSocket-Version: 13"), b"", 200),
+    (_DECIDE, (_LOGIN, b"Origin: http://[", b"Content-Length: 0"), b"", 403),
+    (_DECIDE, (_LOGIN, b"Origin: http://\xff\xfe", b"Content-Length: 0"), b"", 403),
+    (_DECIDE, (_LOGIN, _KEPT, b"Content-Length: 5", _CHUNKED), b"0\r\n\r\nGET / HTTP/1.1\r\n\r\n", 400),
+    (_DECIDE, (_LOGIN, b"Content-Length: 5", b"Content-Length: 50"), b"a" * 5, 400),
+    (_DECIDE, (_LOGIN, b"Content-Length: 10000000"), b"a" * 100, 413),
+    (_DECIDE, (_LOGIN, _CHUNKED), _TEN_MB, 400),
+    ("POST /api/limits HTTP/1.1", (_LOGIN, _CHUNKED, b"Content-Type: application/json"), _TEN_MB, 400),
+    *((f"{method} {path} HTTP/1.1", (_LOGIN,), b"", 405) for path in ("/decide", "/changes", "/api/limits")
+      for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "NONE")),
+])  # fmt: skip
+def test_a_stranger_s_request_gets_a_sentence_and_no_fault(
+    *, outbox: str, line: str, headers: tuple[bytes, ...], body: bytes, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    doors = Doors(logins=lambda: {"anna": SECRET}, header="X-Forwarded-User", networks=("10.0.0.0/8",))
+    with serving(outbox, doors) as address:
+        found, said = _raw(address, line, *headers, body=body)
+    assert found == status, said[:500]
+    assert said.count("HTTP/1.1 ") == 1, "what is behind it is not taken for another request"
+    if "Invalid HTTP" not in said:
+        assert "content-security-policy: default-src 'none'" in said.lower()
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(("client", "sent", "who"), [
+    ("10.1.2.3", ["ada"], "ada"), ("::ffff:10.1.2.3", ["ada"], "ada"), ("10.1.2.3", ["root", "ada"], None),
+    ("10.1.2.3", [], None), ("10.1.2.3", [""], None), ("11.1.2.3", ["ada"], None), ("fd00::1", ["ada"], None),
+    ("not an address", ["ada"], None), (None, ["ada"], None),
+])  # fmt: skip
+def test_the_word_of_a_proxy_is_believed_of_its_network_and_if_it_is_one(
+    client: str | None, sent: list[str], who: str | None
+) -> None:
+    doors = Doors(header="X-Forwarded-User", networks=("10.0.0.0/8",))
+    assert doors.person(Headers(raw=[(b"x-forwarded-user", name.encode()) for name in sent]), client) == who

@@ -23,6 +23,7 @@ from tests.fix_consumer import states
 from tests.fix_outbox import fill
 from tests.fix_ui import ask, because, failed, serving
 
+TURNED = "\u202eabc\u2066\u200f"
 HOSTILE = '"><img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}'
 
 
@@ -210,16 +211,46 @@ def test_a_change_shows_its_payload_old_against_new_and_its_error(
 
 
 def test_what_others_have_written_is_text_and_nothing_else(
-    interface: str, page: Page, outbox_db: psycopg.Connection
+    outbox: str, page: Page, outbox_db: psycopg.Connection
 ) -> None:
-    outbox_db.execute("SELECT publish_change(%s, %s, 'UPDATE', jsonb_build_object(%s::text, %s::text))", [HOSTILE] * 4)
-    outbox_db.execute("UPDATE entity_changes SET dead_at = now(), last_error = %s, error_summary = %s", [HOSTILE] * 2)
-    outbox_db.execute("INSERT INTO cdc_controls (entity_type, because, set_by) VALUES (%s, %s, %s)", [HOSTILE] * 3)
-    ActionLog("public").record(outbox_db, HOSTILE, {"key": HOSTILE})
-    for path in ("/", "/changes", "/changes/1?payload=1", "/pauses", "/actions"):
-        page.goto(interface + path)
-        assert page.locator("main img, main script").count() == 0, path
-        assert HOSTILE in page.locator("main").inner_text(), path
+    """Also marks that turn the direction of writing: what is shown is in the order in which it is stored."""
+    text = HOSTILE + TURNED
+    router = Router()
+    router.on(text, "UPDATE", name=text)(lambda _change: None)
+    outbox_db.execute("SELECT publish_change(%s, %s, 'UPDATE', jsonb_build_object(%s::text, %s::text))", [text] * 4)
+    outbox_db.execute("UPDATE entity_changes SET dead_at = now(), last_error = %s, error_summary = %s", [text] * 2)
+    outbox_db.execute(
+        "INSERT INTO change_attempts (seq, subscription, attempt, handler, outcome, error_kind, error_class,"
+        " error_text, frames) VALUES (1, 'default', 1, %s, %s, %s, %s, %s, ARRAY[%s])", [text] * 6
+    )  # fmt: skip
+    outbox_db.execute("INSERT INTO cdc_controls (entity_type, because, set_by) VALUES (%s, %s, %s)", [text] * 3)
+    outbox_db.execute(
+        "INSERT INTO cdc_controls (handler, because, set_by, rate, by_path, subscription)"
+        " VALUES (%s, %s, %s, '1/s', %s, %s)", [text] * 5
+    )  # fmt: skip
+    outbox_db.execute(
+        "INSERT INTO cdc_limit_leases VALUES (%s, %s, %s, jsonb_build_object(%s::text, jsonb_build_array(1, 1, 1,"
+        " extract(epoch FROM now()) + 9999, 1, 1, 1)), now() + interval '1 h')", [text] * 4
+    )  # fmt: skip
+    outbox_db.execute(
+        "INSERT INTO cdc_backfills (table_schema, table_name, key_columns, key_order, estimate, backlog, started_by)"
+        " VALUES (%s, %s, ARRAY[%s], %s, 1, 1, %s)", [text] * 5
+    )  # fmt: skip
+    outbox_db.execute(
+        "INSERT INTO cdc_subscriptions (name, types, created_from) VALUES (%s, ARRAY[%s], %s)", [text] * 3
+    )
+    ActionLog("public").record(outbox_db, text, {"key": text})
+    with serving(outbox, router=router) as address:
+        for path in ("/", "/changes", "/changes/1?payload=1", "/pauses", "/limits", "/backfills", "/subscriptions",
+                     "/actions"):  # fmt: skip
+            page.goto(address + path)
+            assert page.locator("main img, main script").count() == 0, path
+            shown = page.locator("main").inner_text()
+            assert HOSTILE in shown, path
+            assert TURNED not in shown, path
+        for path in ("/changes", "/pauses", "/limits"):
+            page.goto(f"{address}{path}?{urlencode(dict.fromkeys(('type', 'key', 'handler', 'rate', 'text'), text))}")
+            assert page.locator("main img, main script").count() == 0, path
 
 
 def test_a_reader_sees_no_payload_and_no_button_and_may_do_nothing(
