@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from psycopg import sql
@@ -89,29 +89,53 @@ the session of whoever writes: the short way does not undo them, capture_entity_
 MADE = "-- Made by cdc for one table and its trigger's arguments."
 """In the text of each."""
 _PROVED_WAY = """\
-  {made} Why the first condition is not asked for
-  -- each row, but for each plan, is said in sql/0019_tracked_so.sql.
+  {made} Why the proof is not asked for each row, but for each
+  -- plan, is said in sql/0019_tracked_so.sql. Each transaction sets up anew the whole of each expression that it comes
+  -- to, so each operation has its own.
   DECLARE
     v_old jsonb;
     v_new jsonb;
     v_entity_id text;
-    v_stays boolean := true;
     v_sent pg_lsn;
+    v_nothing record;
   BEGIN
-    IF {proof}
-      AND TG_RELID OPERATOR(pg_catalog.=) {table}
-      AND greatest(pg_catalog.pg_column_size(OLD), pg_catalog.pg_column_size(NEW)) OPERATOR(pg_catalog.<=) {bytes}
-      AND coalesce(pg_catalog.current_setting('cdc.cause', true), '') OPERATOR(pg_catalog.=) ''
+    IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN
+      IF {proof}
+        AND {of_table}
+        AND pg_catalog.pg_column_size(NEW) OPERATOR(pg_catalog.<=) {bytes}
+        AND {no_cause}
+      THEN
+        v_new := {new};
+        v_entity_id := {new_key};
+        IF {new_fits} THEN
+          {insert}
+          RETURN v_nothing;
+        END IF;
+      END IF;
+    ELSIF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' THEN
+      IF {proof}
+        AND {of_table}
+        AND greatest(pg_catalog.pg_column_size(OLD), pg_catalog.pg_column_size(NEW)) OPERATOR(pg_catalog.<=) {bytes}
+        AND {no_cause}
+      THEN
+        v_old := {old};
+        v_new := {new};
+        v_entity_id := {new_key};
+        IF {new_fits} AND {old_key} OPERATOR(pg_catalog.=) v_entity_id THEN
+          {update}
+          RETURN v_nothing;
+        END IF;
+      END IF;
+    ELSIF {proof}
+      AND {of_table}
+      AND pg_catalog.pg_column_size(OLD) OPERATOR(pg_catalog.<=) {bytes}
+      AND {no_cause}
     THEN
       v_old := {old};
-      v_new := {new};
-      v_entity_id := {key};
-      IF v_old IS NOT NULL AND v_new IS NOT NULL THEN
-        v_stays := v_entity_id OPERATOR(pg_catalog.=) {before};
-      END IF;
-      IF v_stays AND {conditions} THEN
-        {insert}
-        RETURN NULL;
+      v_entity_id := {old_key};
+      IF {old_fits} THEN
+        {delete}
+        RETURN v_nothing;
       END IF;
     END IF;
   END;
@@ -151,12 +175,24 @@ _SHORT_WAY = """\
   END;
 """
 _INSERT = """INSERT INTO {outbox}
-          (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, shard)
-        VALUES ({namespace}, {name}, TG_OP, v_entity_id, {entity_type}, v_old, v_new,
-          CASE WHEN v_new IS NOT NULL THEN pg_catalog.jsonb_build_object('timestamp', pg_catalog.now()) END,
+          (table_schema, table_name, operation, entity_id, entity_type, {columns}, shard)
+        VALUES ({namespace}, {name}, {operation}, v_entity_id, {entity_type}, {values},
           (pg_catalog.hashtext(v_entity_id) OPERATOR(pg_catalog.&) 63)::smallint)
         RETURNING pg_catalog.pg_logical_emit_message(true, {prefix}, pg_catalog.concat_ws(',', seq, shard))
         INTO v_sent;"""
+_WRITTEN_AT = "pg_catalog.jsonb_build_object('timestamp', CURRENT_TIMESTAMP)"
+_BOTH = "old_data, new_data, metadata"
+_OF_ANY = {
+    "operation": "TG_OP",
+    "columns": _BOTH,
+    "values": f"v_old, v_new, CASE WHEN v_new IS NOT NULL THEN {_WRITTEN_AT} END",
+}
+_OF_INSERT = {"operation": "'INSERT'", "columns": "new_data, metadata", "values": f"v_new, {_WRITTEN_AT}"}
+_OF_UPDATE = {"operation": "'UPDATE'", "columns": _BOTH, "values": f"v_old, v_new, {_WRITTEN_AT}"}
+_OF_DELETE = {"operation": "'DELETE'", "columns": "old_data", "values": "v_old"}
+"""What the change of each operation has in _INSERT."""
+_OF_TABLE = "TG_RELID OPERATOR(pg_catalog.=) {}"
+_NO_CAUSE = "(pg_catalog.current_setting('cdc.cause', true) OPERATOR(pg_catalog.=) '') IS NOT FALSE"
 _PROOF = "{function}({table}, {namespace}, {name}, {own}, {arguments}, {types})"
 _WHOLE = """v_old := CASE pg_catalog.set_config('transaction_read_only', 'on', true)
         WHEN 'on' THEN pg_catalog.to_jsonb(OLD) END;
@@ -194,7 +230,6 @@ def made_for(schema: str, table: SourceTable, tracked: Tracked, general: str, ow
     ``general`` and ``owner``: the source of capture_entity_change(), and whose it is. None is made where the short way
     would not be taken, or a function of another version is installed.
     """
-    opening = "\nBEGIN\n"
     usual = (
         table.kind == "r"
         and tracked.key
@@ -211,15 +246,15 @@ def made_for(schema: str, table: SourceTable, tracked: Tracked, general: str, ow
         and _ANOTHERS not in table.types
         and len(tracked.effective_type.encode()) < _TEXT_BYTES // 2
     )
-    if not usual or general.count(opening) != 1:
+    if not usual or not general.startswith("\nDECLARE\n") or not general.endswith("\nEND\n"):
         return None
-    before, after = general.split(opening)
     ways = _proved_way(schema, table, tracked) + _short_way(schema, table, tracked)
     return TableCapture(
         name=function_name(table.namespace, table.name),
         owner=owner,
         settings=frozenset(f"{name}={value}" for name, value in _settings(table.types)),
-        source=f"{before}{opening}{ways.as_string()}{after}",
+        # What it declares is set up only where a row comes so far.
+        source=f"\nBEGIN\n{ways.as_string()}{general.rstrip()};\nEND\n",
     )
 
 
@@ -281,14 +316,18 @@ def _proved_way(schema: str, table: SourceTable, tracked: Tracked) -> sql.Compos
     return sql.SQL(_PROVED_WAY).format(
         made=sql.SQL(MADE),
         proof=proof,
-        table=oid,
+        of_table=sql.SQL(_OF_TABLE).format(oid),
         bytes=sql.Literal(_SAFE_BYTES),
+        no_cause=sql.SQL(_NO_CAUSE),
         old=_converted("OLD", tracked),
         new=_converted("NEW", tracked),
-        key=_key("coalesce(v_new, v_old)", tracked),
-        before=_key("v_old", tracked),
-        conditions=sql.SQL(" AND ").join(_key_conditions(tracked)),
-        insert=_insert(schema, table, tracked),
+        old_key=_key_of("v_old", tracked),
+        new_key=_key_of("v_new", tracked),
+        old_fits=sql.SQL(" AND ").join(_key_conditions("v_old", tracked)),
+        new_fits=sql.SQL(" AND ").join(_key_conditions("v_new", tracked)),
+        insert=_insert(schema, table, tracked, _OF_INSERT),
+        update=_insert(schema, table, tracked, _OF_UPDATE),
+        delete=_insert(schema, table, tracked, _OF_DELETE),
     )
 
 
@@ -319,17 +358,18 @@ def _short_way(schema: str, table: SourceTable, tracked: Tracked) -> sql.Compose
         conversion=_conversion(tracked),
         key=_key("coalesce(v_new, v_old)", tracked),
         conditions=sql.SQL("\n      AND ").join(_conditions(tracked)),
-        insert=_insert(schema, table, tracked),
+        insert=_insert(schema, table, tracked, _OF_ANY),
     )
 
 
-def _insert(schema: str, table: SourceTable, tracked: Tracked) -> sql.Composed:
+def _insert(schema: str, table: SourceTable, tracked: Tracked, parts: Mapping[str, str]) -> sql.Composed:
     return sql.SQL(_INSERT).format(
         outbox=sql.Identifier(schema, "entity_changes"),
         namespace=sql.Literal(table.namespace),
         name=sql.Literal(table.name),
         entity_type=sql.Literal(tracked.effective_type),
         prefix=sql.Literal(message_prefix(schema)),
+        **{part: sql.SQL(text) for part, text in parts.items()},
     )
 
 
@@ -341,7 +381,7 @@ def _conversion(tracked: Tracked) -> sql.Composable:
 
 
 def _conditions(tracked: Tracked) -> Iterator[sql.Composable]:
-    yield from _key_conditions(tracked)
+    yield from _key_conditions("coalesce(v_new, v_old)", tracked)
     yield sql.SQL("coalesce(v_entity_id OPERATOR(pg_catalog.=) {}, v_old IS NULL)").format(_key("v_old", tracked))
     yield sql.SQL("coalesce(pg_catalog.current_setting('cdc.cause', true), '') OPERATOR(pg_catalog.=) ''")
     yield sql.SQL("pg_catalog.pg_partition_root(TG_RELID) IS NULL")
@@ -349,25 +389,28 @@ def _conditions(tracked: Tracked) -> Iterator[sql.Composable]:
     yield sql.SQL("(v_new OPERATOR(pg_catalog.?|) '{{user_id,chat_id,room_id}}') IS NOT TRUE").format()
 
 
-def _key_conditions(tracked: Tracked) -> Iterator[sql.Composable]:
+def _key_conditions(row: str, tracked: Tracked) -> Iterator[sql.Composable]:
     """The key is there and short."""
     room = _TEXT_BYTES - len(tracked.effective_type.encode())
     yield sql.SQL("pg_catalog.octet_length(v_entity_id) OPERATOR(pg_catalog.<=) {}").format(sql.Literal(room))
     if len(tracked.key) > 1:
-        yield sql.SQL("coalesce(v_new, v_old) OPERATOR(pg_catalog.?&) {}::pg_catalog.text[]").format(
-            sql.Literal(_array(tracked.key))
-        )
+        keys = sql.Literal(_array(tracked.key))
+        yield sql.SQL("{} OPERATOR(pg_catalog.?&) {}::pg_catalog.text[]").format(sql.SQL(row), keys)
 
 
 def _key(row: str, tracked: Tracked) -> sql.Composable:
-    """The text of a row's key, as capture_entity_change() has it. NULL where one column is missing or NULL."""
+    """The text of a row's key, as capture_entity_change() has it. NULL where the row, or its one column, is NULL."""
+    key = _key_of(row, tracked)
+    return key if len(tracked.key) == 1 else sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(sql.SQL(row), key)
+
+
+def _key_of(row: str, tracked: Tracked) -> sql.Composed:
+    """The same, of a row that is not NULL."""
     columns = [sql.Literal(column) for column in tracked.key]
     if len(columns) == 1:
         return sql.SQL("({} OPERATOR(pg_catalog.->>) {})").format(sql.SQL(row), *columns)
     values = [sql.SQL("{} OPERATOR(pg_catalog.->) {}").format(sql.SQL(row), column) for column in columns]
-    return sql.SQL("CASE WHEN {} IS NOT NULL THEN pg_catalog.jsonb_build_array({})::pg_catalog.text END").format(
-        sql.SQL(row), sql.SQL(", ").join(values)
-    )
+    return sql.SQL("pg_catalog.jsonb_build_array({})::pg_catalog.text").format(sql.SQL(", ").join(values))
 
 
 def _array(names: Sequence[str]) -> str:

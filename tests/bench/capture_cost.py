@@ -34,6 +34,9 @@ FOR EACH ROW EXECUTE FUNCTION capture_entity_change('', '{"key": ["id"]}')
 """
 _VALUES = "'customer {n}', 12.50, 'some note of moderate length for row {n}'"
 _INSERT = f"INSERT INTO orders VALUES ({{n}}, {_VALUES})"
+_BULK_ROWS = 20
+_BULK = f"""INSERT INTO orders SELECT n, 'customer ' || n, 12.50, 'some note of moderate length for row ' || n
+FROM generate_series({{n}} * {_BULK_ROWS}, ({{n}} + 1) * {_BULK_ROWS} - 1) AS n""".replace("\n", " ")
 _UPDATE = "UPDATE orders SET total = total + 1 WHERE id = {n}"
 _DELETE = "DELETE FROM orders WHERE id = {n}"
 
@@ -47,12 +50,15 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     general: bool = False
     """Captured by a trigger made by hand, with the general function."""
+    rows: int = 1
+    """Of each statement."""
 
 
 CASES = {
     "id": Case(_BY_ID, {"INSERT": _INSERT, "UPDATE": _UPDATE, "DELETE": _DELETE}),
     "two_columns": Case(_BY_TWO, {"INSERT, key of two columns": f"INSERT INTO orders VALUES ({{n}}, 1, {_VALUES})"}),
     "excluded": Case(_BY_ID, {"INSERT, one column excluded": _INSERT}, {"exclude": ["note"]}),
+    "bulk": Case(_BY_ID, {f"INSERT of {_BULK_ROWS} rows, each": _BULK}, rows=_BULK_ROWS),
     "general": Case(_BY_ID, {"INSERT, capture_entity_change()": _INSERT}, general=True),
 }
 """By a name for their databases."""
@@ -79,8 +85,11 @@ def above_untracked(short: int = _SHORT, long: int = _LONG) -> dict[str, float]:
                     track(connection, "public", "orders", **case.options)
         server.stop()
         return {
-            shown: _a_row(server, f"{name}_tracked", statement, short, long)
-            - _a_row(server, f"{name}_untracked", statement, short, long)
+            shown: (
+                _a_statement(server, f"{name}_tracked", statement, short, long)
+                - _a_statement(server, f"{name}_untracked", statement, short, long)
+            )
+            / case.rows
             for name, case in CASES.items()
             for shown, statement in case.statements.items()
         }
@@ -94,7 +103,7 @@ def _create(server: TempServer, database: str, case: Case) -> psycopg.Connection
     return connection
 
 
-def _a_row(server: TempServer, database: str, statement: str, short: int, long: int) -> float:
+def _a_statement(server: TempServer, database: str, statement: str, short: int, long: int) -> float:
     first = _count(server, database, [statement.format(n=n) for n in range(short)])
     second = _count(server, database, [statement.format(n=n) for n in range(short, short + long)])
     return (second - first) / (long - short)
@@ -121,7 +130,7 @@ def main() -> None:
     if why := missing():
         raise SystemExit(f"capture_cost counts nothing: {why}")
     rows = [(shown, f"{instructions / 1000:,.0f}") for shown, instructions in above_untracked().items()]
-    print(report.aligned([("statement, one row", "thousand instructions above untracked"), *rows], right=[1]))
+    print(report.aligned([("statement", "thousand instructions above untracked"), *rows], right=[1]))
 
 
 if __name__ == "__main__":
