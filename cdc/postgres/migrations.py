@@ -259,6 +259,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("FUNCTION", "bounded_text", "(text)"),
         ("FUNCTION", "default_entity_type", "(text)"),
         ("FUNCTION", "is_tracked_so", "(oid, text, text, text, text, text)"),
+        ("FUNCTION", "is_tracked_so", "(oid, text, text, text, text, text, text[])"),
         ("TABLE", "entity_changes", ""),
         ("TABLE", "cdc_backfills", ""),
         ("TABLE", "cdc_due_changes", ""),

@@ -4,12 +4,12 @@ capture_entity_change() looks its options up for each row, and pins every settin
 function of the table's own has its name, type, key and columns as constants, and pins what the types of its columns
 need. It is the general function with two shorter ways at its front. The shortest is open while the server has proved,
 when it planned the condition, that the table is as the function was made for, and that converting a row cannot fail and
-calls nobody's code (sql/0019_tracked_so.sql). The second converts in a subtransaction that may not write, and compares
-for each row. A row that neither fits goes through all the rest. So it never captures less, and whatever changes under
-it (the table's name, the trigger's arguments, a key column that is gone) makes it slower, not wrong. One thing the
-second cannot see: a column of a new type, whose text depends on a setting that it does not pin. Then the function's
-text is no longer the one that is expected here: the doctor says so, and ``cdc track`` and ``cdc db upgrade`` rewrite
-it. A table with a column of a type that somebody has made gets none.
+calls nobody's code (sql/0019_tracked_so.sql, 0027). The second converts in a subtransaction that may not write, and
+compares for each row. A row that neither fits goes through all the rest. So it never captures less, and whatever
+changes under it (the table's name, the trigger's arguments, a key column that is gone) makes it slower, not wrong. One
+thing the second cannot see: a column of a new type, whose text depends on a setting that it does not pin. Then the
+function's text is no longer the one that is expected here: the doctor says so, and ``cdc track`` and ``cdc db upgrade``
+rewrite it. A table with a column of a type that somebody has made gets none.
 
 It belongs to the role that captures, as the general function does, and has the same rights. Nothing in its text comes
 from anybody but the catalogs, and all of it is quoted.
@@ -35,8 +35,8 @@ _HASH_DIGITS = 8
 _NAME_BYTES = 40
 _TEXT_BYTES = 1000
 """Longest type and id together that the short way takes; bounded_text() cuts at the same length."""
-_METADATA = {"user_id", "chat_id", "room_id"}
-"""Columns that capture_entity_change() copies into the metadata: not on the short way."""
+_METADATA = ("user_id", "chat_id", "room_id")
+"""Columns that capture_entity_change() copies into the metadata."""
 _ALWAYS = {"search_path": "pg_catalog, pg_temp", "row_security": "on", "timezone": "UTC"}
 """The metadata tell a time."""
 _PINNED = {
@@ -180,20 +180,21 @@ _INSERT = """INSERT INTO {outbox}
           (pg_catalog.hashtext(v_entity_id) OPERATOR(pg_catalog.&) 63)::smallint)
         RETURNING pg_catalog.pg_logical_emit_message(true, {prefix}, pg_catalog.concat_ws(',', seq, shard))
         INTO v_sent;"""
-_WRITTEN_AT = "pg_catalog.jsonb_build_object('timestamp', CURRENT_TIMESTAMP)"
 _BOTH = "old_data, new_data, metadata"
 _OF_ANY = {
     "operation": "TG_OP",
     "columns": _BOTH,
-    "values": f"v_old, v_new, CASE WHEN v_new IS NOT NULL THEN {_WRITTEN_AT} END",
+    "values": "v_old, v_new, CASE WHEN v_new IS NOT NULL THEN {metadata} END",
 }
-_OF_INSERT = {"operation": "'INSERT'", "columns": "new_data, metadata", "values": f"v_new, {_WRITTEN_AT}"}
-_OF_UPDATE = {"operation": "'UPDATE'", "columns": _BOTH, "values": f"v_old, v_new, {_WRITTEN_AT}"}
+_OF_INSERT = {"operation": "'INSERT'", "columns": "new_data, metadata", "values": "v_new, {metadata}"}
+_OF_UPDATE = {"operation": "'UPDATE'", "columns": _BOTH, "values": "v_old, v_new, {metadata}"}
 _OF_DELETE = {"operation": "'DELETE'", "columns": "old_data", "values": "v_old"}
 """What the change of each operation has in _INSERT."""
+_CHAT_OR_ROOM = """CASE WHEN v_new OPERATOR(pg_catalog.->) 'chat_id' OPERATOR(pg_catalog.<>) 'null'
+            THEN v_new OPERATOR(pg_catalog.->) 'chat_id' ELSE v_new OPERATOR(pg_catalog.->) 'room_id' END"""
 _OF_TABLE = "TG_RELID OPERATOR(pg_catalog.=) {}"
 _NO_CAUSE = "(pg_catalog.current_setting('cdc.cause', true) OPERATOR(pg_catalog.=) '') IS NOT FALSE"
-_PROOF = "{function}({table}, {namespace}, {name}, {own}, {arguments}, {types})"
+_PROOF = "{function}({table}, {namespace}, {name}, {own}, {arguments}, {types}, {metadata})"
 _WHOLE = """v_old := CASE pg_catalog.set_config('transaction_read_only', 'on', true)
         WHEN 'on' THEN pg_catalog.to_jsonb(OLD) END;
       v_new := pg_catalog.to_jsonb(NEW);"""
@@ -242,7 +243,6 @@ def made_for(schema: str, table: SourceTable, tracked: Tracked, general: str, ow
             or tracked.missing
         )
         and not tracked.broken
-        and not _METADATA & set(table.columns)
         and _ANOTHERS not in table.types
         and len(tracked.effective_type.encode()) < _TEXT_BYTES // 2
     )
@@ -312,6 +312,7 @@ def _proved_way(schema: str, table: SourceTable, tracked: Tracked) -> sql.Compos
         own=sql.Literal(function_name(table.namespace, table.name)),
         arguments=sql.Literal(f"({quoted})"),
         types=sql.Literal(_safe_types(table.types)),
+        metadata=sql.Literal(_array([each for each in _METADATA if each in table.columns])),
     )
     return sql.SQL(_PROVED_WAY).format(
         made=sql.SQL(MADE),
@@ -357,7 +358,7 @@ def _short_way(schema: str, table: SourceTable, tracked: Tracked) -> sql.Compose
         namespace=sql.Literal(table.namespace),
         conversion=_conversion(tracked),
         key=_key("coalesce(v_new, v_old)", tracked),
-        conditions=sql.SQL("\n      AND ").join(_conditions(tracked)),
+        conditions=sql.SQL("\n      AND ").join(_conditions(table, tracked)),
         insert=_insert(schema, table, tracked, _OF_ANY),
     )
 
@@ -369,8 +370,24 @@ def _insert(schema: str, table: SourceTable, tracked: Tracked, parts: Mapping[st
         name=sql.Literal(table.name),
         entity_type=sql.Literal(tracked.effective_type),
         prefix=sql.Literal(message_prefix(schema)),
-        **{part: sql.SQL(text) for part, text in parts.items()},
+        **{part: sql.SQL(text).format(metadata=_metadata(table, tracked)) for part, text in parts.items()},
     )
+
+
+def _metadata(table: SourceTable, tracked: Tracked) -> sql.Composed:
+    """The metadata of what is captured with a new row, as capture_entity_change() has them."""
+    values = {column: f"v_new OPERATOR(pg_catalog.->) '{column}'" for column in _in_metadata(table, tracked)}
+    if "room_id" in values:
+        of_room = values.pop("room_id")
+        values["chat_id"] = _CHAT_OR_ROOM if "chat_id" in values else of_room
+    told = sql.SQL(", ").join(sql.SQL(f"'{name}', {value}") for name, value in values.items())
+    return sql.SQL("pg_catalog.jsonb_build_object('timestamp', CURRENT_TIMESTAMP{}{})").format(
+        sql.SQL(", " if values else ""), told
+    )
+
+
+def _in_metadata(table: SourceTable, tracked: Tracked) -> list[str]:
+    return [each for each in _METADATA if each in table.columns and each not in tracked.exclude]
 
 
 def _conversion(tracked: Tracked) -> sql.Composable:
@@ -380,13 +397,19 @@ def _conversion(tracked: Tracked) -> sql.Composable:
     return sql.SQL(_PART).format(nulls=sql.Literal(nulls), excluded=sql.Literal(_array(tracked.exclude)))
 
 
-def _conditions(tracked: Tracked) -> Iterator[sql.Composable]:
+def _conditions(table: SourceTable, tracked: Tracked) -> Iterator[sql.Composable]:
     yield from _key_conditions("coalesce(v_new, v_old)", tracked)
     yield sql.SQL("coalesce(v_entity_id OPERATOR(pg_catalog.=) {}, v_old IS NULL)").format(_key("v_old", tracked))
     yield sql.SQL("coalesce(pg_catalog.current_setting('cdc.cause', true), '') OPERATOR(pg_catalog.=) ''")
     yield sql.SQL("pg_catalog.pg_partition_root(TG_RELID) IS NULL")
     yield sql.SQL("TG_WHEN OPERATOR(pg_catalog.=) 'AFTER'")
-    yield sql.SQL("(v_new OPERATOR(pg_catalog.?|) '{{user_id,chat_id,room_id}}') IS NOT TRUE").format()
+    told = _in_metadata(table, tracked)
+    untold = _array([each for each in _METADATA if each not in told])
+    yield sql.SQL("(v_new OPERATOR(pg_catalog.?|) {}::pg_catalog.text[]) IS NOT TRUE").format(sql.Literal(untold))
+    if told:
+        yield sql.SQL("(v_new OPERATOR(pg_catalog.?&) {}::pg_catalog.text[]) IS NOT FALSE").format(
+            sql.Literal(_array(told))
+        )
 
 
 def _key_conditions(row: str, tracked: Tracked) -> Iterator[sql.Composable]:

@@ -28,6 +28,7 @@ _COUNTED = re.compile(r"Collected : (\d+)")
 _COLUMNS = "customer text, total numeric, note text"
 _BY_ID = f"CREATE TABLE orders (id bigint PRIMARY KEY, {_COLUMNS})"
 _BY_TWO = f"CREATE TABLE orders (id bigint, line integer, {_COLUMNS}, PRIMARY KEY (id, line))"
+_IN_A_CHAT = f"CREATE TABLE orders (id bigint PRIMARY KEY, user_id bigint, chat_id text, {_COLUMNS})"
 _BY_HAND = """
 CREATE TRIGGER captured AFTER INSERT OR UPDATE OR DELETE ON orders
 FOR EACH ROW EXECUTE FUNCTION capture_entity_change('', '{"key": ["id"]}')
@@ -58,6 +59,9 @@ CASES = {
     "id": Case(_BY_ID, {"INSERT": _INSERT, "UPDATE": _UPDATE, "DELETE": _DELETE}),
     "two_columns": Case(_BY_TWO, {"INSERT, key of two columns": f"INSERT INTO orders VALUES ({{n}}, 1, {_VALUES})"}),
     "excluded": Case(_BY_ID, {"INSERT, one column excluded": _INSERT}, {"exclude": ["note"]}),
+    "in_a_chat": Case(
+        _IN_A_CHAT, {"INSERT, user_id and chat_id": f"INSERT INTO orders VALUES ({{n}}, 7, 'c', {_VALUES})"}
+    ),
     "bulk": Case(_BY_ID, {f"INSERT of {_BULK_ROWS} rows, each": _BULK}, rows=_BULK_ROWS),
     "general": Case(_BY_ID, {"INSERT, capture_entity_change()": _INSERT}, general=True),
 }

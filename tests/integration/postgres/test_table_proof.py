@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from threading import Thread
 
 import psycopg
@@ -10,16 +9,9 @@ import pytest
 
 from cdc.postgres.tracking import track
 from tests.eventually import eventually
-from tests.integration.postgres.test_table_capture import redefined, source
+from tests.integration.postgres.test_table_capture import proof, redefined
 
 pytestmark = pytest.mark.server
-
-
-def proof(db: psycopg.Connection) -> bytes:
-    """The query of whether the table is as its function was made for."""
-    asked = re.search(r"IF (.*is_tracked_so.*)$", source(db), re.MULTILINE)
-    assert asked
-    return f"SELECT {asked[1]}".encode()
 
 
 CHANGES = {
@@ -105,3 +97,14 @@ def test_so_does_one_whose_statement_began_before_it_locked_the_table(outbox_db:
         outbox_db.execute("SELECT pg_advisory_unlock(1)")
         deleting.join()
     assert said == ["read only: on"]
+
+
+@pytest.mark.parametrize("change", ["ADD room_id int", "DROP chat_id", "RENAME user_id TO who"])
+def test_it_has_the_columns_that_go_into_the_metadata_and_no_other(outbox_db: psycopg.Connection, change: str) -> None:
+    outbox_db.execute("CREATE TABLE orders (id int PRIMARY KEY, user_id int, chat_id text)")
+    track(outbox_db, "public", "orders")
+    asked = proof(outbox_db)
+    outbox_db.execute("ALTER TABLE orders DROP chat_id, ADD chat_id varchar(9)")
+    assert outbox_db.execute(asked).fetchone() == (True,)
+    outbox_db.execute(f"ALTER TABLE orders {change}".encode())
+    assert outbox_db.execute(asked).fetchone() == (False,)
