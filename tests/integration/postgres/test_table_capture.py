@@ -332,12 +332,10 @@ def test_what_is_printed_works_on_any_outbox(orders: psycopg.Connection, outbox:
     assert made(orders) == []
 
 
-@pytest.mark.parametrize("option", ["columns", "handled", "user_id"])
-def test_what_is_unusual_has_the_general_function(outbox_db: psycopg.Connection, option: str) -> None:
-    outbox_db.execute(TABLE.format("user_id int" if option == "user_id" else "CHECK (true)").encode())
-    given: dict[str, dict[str, Any]] = {"columns": {"columns": ["id"]}, "handled": {"handled": True}, "user_id": {}}
-    track(outbox_db, "public", "orders", **given[option])
-    assert function_of(outbox_db) == "capture_entity_change"
+@pytest.mark.parametrize("option", [{"columns": ["id"]}, {"handled": True}], ids=str)
+def test_what_is_unusual_has_the_general_function(orders: psycopg.Connection, option: dict[str, Any]) -> None:
+    track(orders, "public", "orders", **option)
+    assert function_of(orders) == "capture_entity_change"
 
 
 def test_a_name_of_any_kind_is_quoted(outbox_db: psycopg.Connection) -> None:
