@@ -13,6 +13,7 @@ from cdc.core.printable import printable, printable_json, printable_lines
 from cdc.core.units import format_bytes, format_duration
 
 _SHORT = 90
+_CLOSER_S = 60.0
 
 
 def environment() -> Environment:
@@ -26,7 +27,7 @@ def environment() -> Environment:
     made.filters.update(
         moment=_moment, duration=lambda value: "" if value is None else format_duration(value), size=format_bytes,
         short=_short, number=lambda value: f"{value:,}", line=printable,
-        lines=printable_lines, json=printable_json,
+        lines=printable_lines, latency=_latency, json=printable_json,
     )  # fmt: skip
     made.globals.update(version=__version__)
     return made
@@ -38,6 +39,15 @@ def style() -> bytes:
 
 def _moment(value: datetime | None) -> str:
     return "" if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
+
+
+def _latency(value: float | None) -> str:
+    """As a duration, and where that would be 0 or a few seconds, closer."""
+    if value is None:
+        return ""
+    if value < 1:
+        return f"{value * 1e3:.3g} ms"
+    return f"{value:.1f} s" if value < _CLOSER_S else format_duration(value)
 
 
 def _short(value: Any) -> str:
