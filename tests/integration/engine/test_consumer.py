@@ -752,7 +752,8 @@ async def test_a_role_that_may_not_settle_is_refused_before_any_handler_runs(
                     "GRANT UPDATE ON entity_changes TO {0}; GRANT SELECT, INSERT, UPDATE, DELETE ON cdc_shards TO {0};"
                     "GRANT SELECT, UPDATE, DELETE ON cdc_barriers TO {0}; GRANT EXECUTE ON FUNCTION barred TO {0};"
                     "GRANT SELECT, INSERT, DELETE ON change_attempts TO {0};"
-                    "GRANT SELECT, INSERT, UPDATE ON cdc_positions TO {0}; GRANT SELECT ON SEQUENCE entity_changes_seq_seq TO {0}"
+                    "GRANT SELECT, INSERT, UPDATE ON cdc_positions TO {0};"
+                    "GRANT SELECT ON SEQUENCE entity_changes_seq_seq TO {0}"
                 ).format(psycopg.sql.Identifier(role))
             )
             await _until_settled(outbox_db)
