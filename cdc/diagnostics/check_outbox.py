@@ -15,6 +15,7 @@ from cdc.diagnostics.facts import (
     DataReaders,
     Installed,
     Numbering,
+    Operators,
     Rights,
     RowSecurity,
     Senders,
@@ -213,6 +214,20 @@ def grants(seen: Rights) -> Finding:
     return ok(f"{seen.role} may read changes and mark them")
 
 
+def operators(seen: Operators) -> Finding:
+    """What they do is recorded, or refused; what they decide about, they have to see."""
+    if not seen.lacking:
+        return ok(
+            f"{', '.join(seen.roles)} may record what they do" if seen.roles else "no role but the owner's decides"
+        )
+    named = ", ".join(role for role, _ in seen.lacking)
+    return warn(
+        f"they may decide about changes, and lack what goes with it, so that commands of theirs are refused: {named}",
+        "or give all at once: cdc db grant --operator ROLE",
+        *(grant for _, grants in seen.lacking for grant in grants),
+    )
+
+
 def shard_holders(seen: ShardHolders) -> Finding:
     if seen.strangers:
         named = ", ".join(
@@ -371,6 +386,7 @@ def of_installed(slot: str) -> Checks[Installed]:
 
 CAPTURE: Checks[CaptureFunctionFacts] = {"capture-function": capture_function}
 RIGHTS: Checks[Rights] = {"grants": grants}
+OPERATORS: Checks[Operators] = {"operators": operators}
 ROW_SECURITY: Checks[RowSecurity] = {"row-security": row_security}
 READERS: Checks[DataReaders] = {"readers": readers}
 CREATORS: Checks[Creators] = {"creators": creators}

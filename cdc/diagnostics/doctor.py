@@ -21,6 +21,7 @@ from cdc.diagnostics import (
     check_server,
     check_subscriptions,
     check_tables,
+    inspect_operators,
     inspect_outbox,
     inspect_server,
     inspect_subscriptions,
@@ -76,6 +77,7 @@ def _outbox(subject: Subject, connection: psycopg.Connection | None, *, missing:
     yield from run_checks(seen(inspect_outbox.capture), check_outbox.CAPTURE)
     yield from run_checks(seen(inspect_outbox.captured), check_tables.of_captured(subject))
     yield from run_checks(seen(lambda link, _: inspect_outbox.rights(link, subject)), check_outbox.RIGHTS)
+    yield from run_checks(seen(inspect_operators.operators), check_outbox.OPERATORS)
     yield from run_checks(seen(inspect_outbox.row_security), check_outbox.ROW_SECURITY)
     yield from run_checks(seen(inspect_outbox.readers), check_outbox.READERS)
     yield from run_checks(seen(inspect_outbox.creators), check_outbox.CREATORS)

@@ -289,6 +289,14 @@ class Astray:
     rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class Operators:
+    """Roles that may decide about changes or pause. ``lacking``: those that lack what goes with it, and the grants."""
+
+    roles: tuple[str, ...]
+    lacking: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rights:
     """Statements that grant the role the rights it lacks, none where it has all."""

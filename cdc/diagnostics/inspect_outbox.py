@@ -51,6 +51,7 @@ from cdc.postgres.grants import (
     BARRIER_RIGHTS,
     DUE_DESCRIPTION,
     KEEPING,
+    LEASE_RIGHTS,
     PAYLOAD,
     PUBLISH_DUE,
     SHARD_RIGHTS,
@@ -230,6 +231,8 @@ _RIGHTS = """
              WHERE k.relnamespace = n.oid AND k.relname = 'cdc_controls') AS heeding,
            (SELECT bool_and(has_table_privilege(k.oid, p)) FROM pg_catalog.pg_class k, unnest(%(attempts)s::text[]) p
              WHERE k.relnamespace = n.oid AND k.relname = 'change_attempts') AS attempting,
+           (SELECT bool_and(has_table_privilege(k.oid, p)) FROM pg_catalog.pg_class k, unnest(%(leases)s::text[]) p
+             WHERE k.relnamespace = n.oid AND k.relname = 'cdc_limit_leases') AS leasing,
            (SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE')) FROM pg_catalog.pg_proc p
              WHERE p.pronamespace = n.oid AND p.proname = 'publish_due') AS publishing,
            (SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE')) FROM pg_catalog.pg_proc p
@@ -391,15 +394,20 @@ def astray(connection: psycopg.Connection, name: str) -> Astray:
 def rights(connection: psycopg.Connection, subject: Subject) -> Rights:
     parameters = {"schema": subject.schema, "marked": list(STATE), "owning": list(SHARD_RIGHTS),
                   "barrier": list(BARRIER_RIGHTS), "keeping": list(KEEPING),
-                  "attempts": list(ATTEMPT_RIGHTS)}  # fmt: skip
+                  "attempts": list(ATTEMPT_RIGHTS), "leases": list(LEASE_RIGHTS)}  # fmt: skip
     row = one(connection, _RIGHTS, parameters, what="entity_changes")
     return Rights(role=row["role"], schema=subject.schema, grants=_grants(row, subject))
 
 
 def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
     role = sql.Identifier(row["role"])
-    tables = ("entity_changes", "cdc_shards", "cdc_due_changes", "cdc_barriers", "cdc_controls", "change_attempts")
-    table, shards, due_changes, barriers, controls, attempts = (sql.Identifier(subject.schema, name) for name in tables)
+    tables = (
+        "entity_changes", "cdc_shards", "cdc_due_changes", "cdc_barriers", "cdc_controls", "change_attempts",
+        "cdc_limit_leases",
+    )  # fmt: skip
+    table, shards, due_changes, barriers, controls, attempts, leases = (
+        sql.Identifier(subject.schema, name) for name in tables
+    )
     described = sql.SQL(", ").join(map(sql.Identifier, DUE_DESCRIPTION))
     keeping = sql.SQL(", ").join(sql.Identifier(subject.schema, name) for name in KEEPING)
     columns = sql.SQL(", ").join(map(sql.Identifier, row["unmarked"]))
@@ -418,6 +426,7 @@ def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
         (row["advancing"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(BARRIER_RIGHTS)), barriers)),
         (row["heeding"] is False, sql.SQL("SELECT ON {}").format(controls)),
         (row["attempting"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(ATTEMPT_RIGHTS)), attempts)),
+        (row["leasing"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(LEASE_RIGHTS)), leases)),
         (row["owning"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(SHARD_RIGHTS)), shards)),
     )
     grant = sql.SQL("GRANT {} TO {};")

@@ -332,7 +332,7 @@ class _WatchedTypes:
 
 def _type_status(each: TypeStats) -> TypeStatus:
     counts = {ChangeState.FRESH: each.fresh, ChangeState.WAITING: each.waiting, ChangeState.DEAD: each.dead}
-    return TypeStatus(each.entity_type, counts)
+    return TypeStatus(each.entity_type, counts, each.oldest_ready_age_s or 0.0)
 
 
 class _WatchedSubscriptions:

@@ -160,10 +160,14 @@ class OutboxStatus:
 
 @dataclass(frozen=True, slots=True)
 class TypeStatus:
-    """The unprocessed changes of an entity type, by state; counts end at a bound."""
+    """The unprocessed changes of an entity type, by state; counts end at a bound.
+
+    ``oldest_ready_age_s``: of the oldest that could run now, were it not for a pause; 0: there is none.
+    """
 
     name: str
     changes: Mapping[ChangeState, int]
+    oldest_ready_age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from cdc.observability.snapshots import (
     Role,
     StreamStatus,
     SubscriptionsStatus,
+    TypeStatus,
 )
 
 OUTBOX_STATES = (ChangeState.FRESH, ChangeState.WAITING, ChangeState.DEAD)
@@ -220,6 +221,12 @@ _FAMILIES = (
         "state",
     ),
     _gauge(
+        "cdc_outbox_type_oldest_ready_age_seconds",
+        "Age of the oldest change of an entity type that could run now, also of one that is paused; 0 if there is none."
+        " The types are those of cdc_outbox_type_changes.",
+        "entity_type",
+    ),
+    _gauge(
         "cdc_outbox_oldest_ready_age_seconds",
         "Age of the oldest change in entity_changes that could run now and does not; 0 if there is none."
         " Not among them: what is paused, or waits behind another.",
@@ -340,9 +347,7 @@ class StatusMetrics(Collector):
         yield from _of_slot(self._slot, status.poller)
         if status.poller.outbox:
             yield from _of_outbox(status.poller.outbox)
-        for each in status.poller.types:
-            for state in OUTBOX_STATES:
-                yield "cdc_outbox_type_changes", (each.name, state.value), each.changes.get(state, 0)
+        yield from _of_types(status.poller.types)
         if status.poller.subscriptions:
             yield from _of_subscriptions(status.poller.subscriptions)
         if self._delivery is not None:
@@ -444,6 +449,13 @@ def _of_outbox(outbox: OutboxStatus) -> Iterator[_Sample]:
     yield "cdc_notify_queue_usage_ratio", (), outbox.notify_queue_usage
     yield "cdc_outbox_unhandled_changes", (), outbox.unhandled
     yield "cdc_outbox_due_later_changes", (), outbox.due_later
+
+
+def _of_types(types: Iterable[TypeStatus]) -> Iterator[_Sample]:
+    for each in types:
+        for state in OUTBOX_STATES:
+            yield "cdc_outbox_type_changes", (each.name, state.value), each.changes.get(state, 0)
+        yield "cdc_outbox_type_oldest_ready_age_seconds", (each.name,), each.oldest_ready_age_s
 
 
 def _of_subscriptions(subscriptions: SubscriptionsStatus) -> Iterator[_Sample]:

@@ -1,7 +1,8 @@
-"""docs/pictures/dashboard.svg: the panels of deploy/grafana, with what a real Prometheus answers to their queries.
+"""docs/pictures/dashboard*.svg: the panels of deploy/grafana, with what a real Prometheus answers to their queries.
 
-A shop's changes for three minutes, and what befalls them: a burst, a provider that is away, letters that cannot be
-sent, a consumer that is killed. Two consumers share the work. ``make pictures`` makes it; needs Prometheus.
+A shop's changes for three minutes, and what befalls them: a burst, a provider that is away and then takes no more than
+a limit allows, letters that cannot be sent, a consumer that is killed, a type that is paused. Two consumers share the
+work. ``make pictures`` makes them; needs Prometheus.
 """
 
 from __future__ import annotations
@@ -25,15 +26,19 @@ from tests.pictures.dashboard_drawing import Panel, Series, draw
 from tests.prometheus.fix_queries import RULES, dashboard
 from tests.prometheus.fix_server import Prometheus
 
-PICTURE = Path(__file__).resolve().parents[2] / "docs/pictures/dashboard.svg"
+PICTURES = {
+    reader: Path(__file__).resolve().parents[2] / f"docs/pictures/{name}"
+    for reader, name in {"operators": "dashboard.svg", "handlers": "dashboard-handlers.svg"}.items()
+}
 _JOB, _SLOT = "shop", "cdc"
 _STEP_S = 2
 _TICK_S = 0.05
 _SECONDS = 180
 _BURST_AT, _AWAY_FROM, _AWAY_UNTIL, _KILLED_AT, _BACK_AT = 40, 70, 100, 125, 140
+_PAUSED_AT, _RESUMED_AT = 145, 165
 _BURST = 3_000
 _VARIABLES = {
-    "$__rate_interval": "10s", "$job": _JOB, "$instance": ".+", "$slot": _SLOT,
+    "$__rate_interval": "10s", "$job": _JOB, "$instance": ".+", "$slot": _SLOT, "$handler": ".+", "$type": ".+",
 }  # fmt: skip
 _PUBLISH = """
 SELECT publish_change('order', (random() * 500)::integer::text, new_data => '{"total": 12.5}'),
@@ -41,6 +46,8 @@ SELECT publish_change('order', (random() * 500)::integer::text, new_data => '{"t
   publish_change('mail', (random() * 200)::integer::text,
     new_data => jsonb_build_object('to', CASE WHEN random() < 0.01 THEN 'nobody' ELSE 'ada' END))
 """
+_PAUSE = "INSERT INTO cdc_controls (entity_type, because, set_by) VALUES ('customer', 'the index is rebuilt', 'Ada')"
+_RESUME = "DELETE FROM cdc_controls"
 _PUBLISH_BURST = "SELECT publish_change('order', n::text, new_data => '{}') FROM generate_series(1, %s) AS n"
 
 
@@ -54,8 +61,9 @@ def main() -> None:
         prometheus = Prometheus(Path(folder), {_JOB: ports}, RULES.read_text("utf-8"))
         stack.callback(prometheus.stop)
         since = _play(server.dsn(), db, Path(folder), ports)
-        panels = [_panel(prometheus, panel, since) for panel in dashboard()["panels"]]
-    PICTURE.write_text(draw(panels), "utf-8")
+        for reader, picture in PICTURES.items():
+            panels = [_panel(prometheus, panel, since) for panel in dashboard(reader)["panels"]]
+            picture.write_text(draw(panels, f"The dashboard of deploy/grafana for {reader}"), "utf-8")
 
 
 def _play(dsn: str, db: psycopg.Connection, folder: Path, ports: list[int]) -> float:
@@ -85,6 +93,8 @@ def _play(dsn: str, db: psycopg.Connection, folder: Path, ports: list[int]) -> f
                 consumers[0].process.wait()
             elif seconds == _BACK_AT:
                 consumers[0] = start(0)
+            elif seconds in (_PAUSED_AT, _RESUMED_AT):
+                db.execute(_PAUSE if seconds == _PAUSED_AT else _RESUME)
         return since
     finally:
         for consumer in consumers:

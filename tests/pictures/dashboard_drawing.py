@@ -58,7 +58,7 @@ class _Box(NamedTuple):
     height: float
 
 
-def draw(panels: Sequence[Panel]) -> str:
+def draw(panels: Sequence[Panel], title: str) -> str:
     """The picture of all of them. One that shows nothing says so."""
     width = _COLUMNS * _COLUMN
     height = max(panel.y + panel.height for panel in panels) * _ROW + _GAP
@@ -66,7 +66,7 @@ def draw(panels: Sequence[Panel]) -> str:
     parts = [part for panel in panels for part in _panel(panel, end)]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
-        f"<title>The dashboard of deploy/grafana</title>\n{_STYLE}\n" + "\n".join(parts) + "\n</svg>\n"
+        f"<title>{escape(title)}</title>\n{_STYLE}\n" + "\n".join(parts) + "\n</svg>\n"
     )
 
 
@@ -78,6 +78,8 @@ def value(number: float, unit: str) -> str:
         while abs(number) >= 1000 and size < len(_BYTES) - 1:  # not 1024: three digits are enough for each
             number, size = number / 1024, size + 1
         return f"{number:.3g} {_BYTES[size]}{per_s}"
+    if unit == "percentunit":
+        return f"{number * 100:.3g} %"
     if unit == "s":
         return f"{number * 1000:.3g} ms" if 0 < abs(number) < 1 else f"{number:.3g} s"
     bound, suffix = next(((bound, suffix) for bound, suffix in _SUFFIXES if abs(number) >= bound), (1, ""))

@@ -26,7 +26,7 @@ def search_index(change: cdc.Change) -> None:
     time.sleep(0.005)
 
 
-@router.on("mail", max_attempts=3)
+@router.on("mail", max_attempts=3, limit=cdc.Limit(rate="30/s"))
 async def send_mail(change: cdc.Change) -> None:
     await asyncio.sleep(0.02)
     if _AWAY.exists():

@@ -16,12 +16,13 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "deploy/prometheus/cdc.rules.yaml"
-DASHBOARD = ROOT / "deploy/grafana/dashboards/cdc.json"
+DASHBOARDS = {"operators": "cdc", "handlers": "cdc-handlers"}
+"""For whom -> its uid, and the name of its file."""
 
 _SETUP = "deploy/debian-setup --with-prometheus"
 _SELECTOR = re.compile(r"\b((?:cdc|process|pg)_\w+)(?:\{([^}]*)\})?")
 _GROUPING = re.compile(r"\b(?:by|on|ignoring|without)\s*\(([^)]*)\)")
-_VARIABLES = {"$__rate_interval": "1m", "$job": ".+", "$instance": ".+", "$slot": ".+"}
+_VARIABLES = {"$__rate_interval": "1m", "$job": ".+", "$instance": ".+", "$slot": ".+", "$handler": ".+", "$type": ".+"}
 
 
 def needed(program: str) -> str:
@@ -43,22 +44,22 @@ def alerts() -> list[dict[str, Any]]:
 
 
 @cache
-def dashboard() -> dict[str, Any]:
-    board: dict[str, Any] = json.loads(DASHBOARD.read_text())
+def dashboard(reader: str) -> dict[str, Any]:
+    board: dict[str, Any] = json.loads((ROOT / f"deploy/grafana/dashboards/{DASHBOARDS[reader]}.json").read_text())
     return board
 
 
-def panels() -> list[dict[str, Any]]:
+def panels(reader: str) -> list[dict[str, Any]]:
     """Those that show something."""
-    return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
+    return [panel for panel in dashboard(reader)["panels"] if panel["type"] != "row"]
 
 
-def panel_queries() -> Iterator[tuple[str, str]]:
+def panel_queries(reader: str) -> Iterator[tuple[str, str]]:
     """(where it is, the query with something in place of Grafana's variables)."""
-    for panel in panels():
+    for panel in panels(reader):
         for target in panel["targets"]:
             yield f"{panel['title']} {target['refId']}", filled(target["expr"])
-    for annotation in dashboard()["annotations"]["list"]:
+    for annotation in dashboard(reader)["annotations"]["list"]:
         yield annotation["name"], filled(annotation["expr"])
 
 

@@ -24,6 +24,7 @@ THRESHOLDS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "CdcBacklogOld": (("> 300", "> 1"),),
     "CdcTruncateStands": (("> 300", "> 1"),),
     "CdcStalled": (("> 60", "> 1"),),
+    "CdcLimitStarves": (("> 1800", "> 2"),),
     "CdcLoopStuck": (("> 120", "> 5"),),
     "CdcStreamSilent": (("> 90", "> 12"),),
     "CdcStreamFlapping": (("> 10", "> 2"),),

@@ -22,6 +22,11 @@ async def bad(change: cdc.Change) -> None:
     raise ValueError("it always fails")
 
 
+@router.on("limited", limit=cdc.Limit(rate="1/h"), name="limited")
+async def call(change: cdc.Change) -> None:
+    pass
+
+
 @router.on("removed", "DELETE")
 async def remove(change: cdc.Change) -> None:
     pass

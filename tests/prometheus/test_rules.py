@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+import pytest
 import yaml
 
 from cdc.observability.registries import LABEL
 from tests.prometheus.fix_queries import (
+    DASHBOARDS,
     ROOT,
     RULES,
     alerts,
@@ -61,8 +63,9 @@ def test_the_rules_ask_for_metrics_and_labels_that_exist() -> None:
     assert {name: found for name, found in faults.items() if found} == {}
 
 
-def test_the_dashboard_asks_for_metrics_and_labels_that_exist() -> None:
-    faults = {where: _unknown(expression) for where, expression in panel_queries()}
+@pytest.mark.parametrize("reader", DASHBOARDS)
+def test_the_dashboard_asks_for_metrics_and_labels_that_exist(reader: str) -> None:
+    faults = {where: _unknown(expression) for where, expression in panel_queries(reader)}
     assert {where: found for where, found in faults.items() if found} == {}
 
 
@@ -104,27 +107,28 @@ def test_each_alert_fires_when_it_should_and_is_silent_when_not() -> None:
     assert fired == {alert["alert"] for alert in alerts()}
 
 
-# --- the dashboard -------------------------------------------------------------------------------------------------
+# --- the dashboards ------------------------------------------------------------------------------------------------
 
 
-def test_the_dashboard_can_be_imported_and_provisioned() -> None:
-    board = dashboard()
-    assert (board["id"], board["uid"], board["schemaVersion"]) == (None, "cdc", 39)
+@pytest.mark.parametrize(
+    ("reader", "variables"), [("operators", ["job", "instance", "slot"]), ("handlers", ["job", "handler", "type"])]
+)
+def test_the_dashboard_can_be_imported_and_provisioned(reader: str, variables: list[str]) -> None:
+    board = dashboard(reader)
+    assert (board["id"], board["uid"], board["schemaVersion"]) == (None, DASHBOARDS[reader], 39)
     assert {entry["name"] for entry in board["__inputs"]} == {"DS_PROMETHEUS"}
-    assert [variable["name"] for variable in board["templating"]["list"]] == [
-        "DS_PROMETHEUS",
-        "job",
-        "instance",
-        "slot",
-    ]
-    for panel in panels():
+    assert [variable["name"] for variable in board["templating"]["list"]] == ["DS_PROMETHEUS", *variables]
+    kinds = {entry["id"] for entry in board["__requires"] if entry["type"] == "panel"}
+    assert kinds == {panel["type"] for panel in panels(reader)}
+    for panel in panels(reader):
         assert {panel["datasource"]["uid"], *(target["datasource"]["uid"] for target in panel["targets"])} == {
             "${DS_PROMETHEUS}"
         }
 
 
-def test_each_panel_says_what_it_shows_and_in_which_unit() -> None:
-    for panel in panels():
+@pytest.mark.parametrize("reader", DASHBOARDS)
+def test_each_panel_says_what_it_shows_and_in_which_unit(reader: str) -> None:
+    for panel in panels(reader):
         assert panel["title"]
         assert panel["description"].endswith("."), panel["title"]
         assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
@@ -133,8 +137,9 @@ def test_each_panel_says_what_it_shows_and_in_which_unit() -> None:
         assert len(set(references)) == len(references), panel["title"]
 
 
-def test_no_panel_lies_on_another_or_outside() -> None:
-    everything = dashboard()["panels"]
+@pytest.mark.parametrize("reader", DASHBOARDS)
+def test_no_panel_lies_on_another_or_outside(reader: str) -> None:
+    everything = dashboard(reader)["panels"]
     numbers = [panel["id"] for panel in everything]
     assert len(set(numbers)) == len(numbers)
     taken: set[tuple[int, int]] = set()
@@ -150,7 +155,7 @@ def test_no_panel_lies_on_another_or_outside() -> None:
         taken |= cells
 
 
-def test_provisioning_names_a_data_source_and_the_folder_of_the_dashboard() -> None:
+def test_provisioning_names_a_data_source_and_the_folder_of_the_dashboards() -> None:
     provisioning = ROOT / "deploy/grafana/provisioning"
     [source] = yaml.safe_load((provisioning / "datasources/prometheus.yaml").read_text())["datasources"]
     [provider] = yaml.safe_load((provisioning / "dashboards/cdc.yaml").read_text())["providers"]

@@ -40,5 +40,7 @@ def test_a_picture_is_xml_whatever_the_names_are_and_says_where_there_is_nothing
         Panel("heatmap", "three", 11, 1, 8, 6, "s", (Series("0.5", ((0.0, 1.0),)), Series("+Inf", ((0.0, 3.0),)))),
         Panel("timeseries", "four", 19, 1, 5, 6, "s", ()),
     ]
-    texts = [each.text for each in ElementTree.fromstring(draw(panels)).iter("{http://www.w3.org/2000/svg}text")]
+    texts = [
+        each.text for each in ElementTree.fromstring(draw(panels, "a board")).iter("{http://www.w3.org/2000/svg}text")
+    ]
     assert {"A & B", "one", "two", "three", "four", "nothing", '<&">', "flat"} <= set(texts)

@@ -136,6 +136,19 @@ BROKEN = {
     "a reader of what is due later": Broken("readers", "GRANT SELECT ON cdc_due_changes TO {other}"),
     "a reader of a column of it": Broken("readers", "GRANT SELECT (due, new_data) ON cdc_due_changes TO PUBLIC"),
     "a creator": Broken("creators", "GRANT CREATE ON SCHEMA public TO {other}, PUBLIC"),
+    "an operator by hand": Broken(
+        "operators", "GRANT SELECT, UPDATE ON entity_changes TO {other}; GRANT INSERT ON cdc_controls TO {other}"
+    ),
+    "an operator may not record": Broken(
+        "operators",
+        "GRANT SELECT ON cdc_controls, change_attempts, cdc_actions TO {other};"
+        "GRANT UPDATE (processed) ON entity_changes TO {other}; GRANT INSERT (action) ON cdc_actions TO {other}",
+    ),
+    "an operator may not resume": Broken(
+        "operators",
+        "GRANT SELECT ON cdc_controls, change_attempts, cdc_actions, cdc_limit_leases TO {other};"
+        "GRANT INSERT ON cdc_controls, cdc_actions TO {other}",
+    ),
     "a sequence that is behind": Broken(
         "sequence", "INSERT INTO tasks VALUES (1); SELECT setval('entity_changes_seq_seq', 1, false)"
     ),
@@ -152,7 +165,7 @@ BROKEN = {
 }
 _COMMAND = re.compile(r"cdc (?:db upgrade|track (?:[^,;:()]|,(?! ))+|outbox (?:retry|discard) ID)")
 _STATEMENT = re.compile(r"ALTER TABLE \S+ SET LOGGED|(?:ALTER|DROP|GRANT|REVOKE|SELECT|UPDATE) .*;$")
-SCRIPTED = ("schema", "capture-function", "autovacuum", "readers", "creators")
+SCRIPTED = ("schema", "capture-function", "autovacuum", "readers", "creators", "operators")
 ELSEWHERE = {
     "test_doctor": {
         "connect", "tls", "stream-tls", "pooler", "keepalives", "sender-timeout", "session-timeouts", "version",

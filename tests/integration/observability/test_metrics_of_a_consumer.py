@@ -122,6 +122,7 @@ async def test_what_is_unprocessed_is_counted_by_type_for_each_subscription(
             return counts("order") == [4, 0, 1] and counts("mail") == [30, 0, 0]
 
         await eventually_async(polled, what="the figures of both types")
+        assert metric(app.metrics.registry, "cdc_outbox_type_oldest_ready_age_seconds", entity_type="mail") > 0
         assert 7_200 <= metric(app.metrics.registry, "cdc_outbox_dead_age_seconds") < 10_000
 
 

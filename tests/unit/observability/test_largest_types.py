@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,9 +20,10 @@ def _read(counts: dict[str, int]) -> list[TypeStatus]:
 
 
 def test_the_largest_have_their_names_and_the_rest_is_other() -> None:
-    *shown, rest = LargestTypes().of(_read({f"t{number:02}": number for number in range(1, 31)}))
+    read = _read({f"t{number:02}": number for number in range(1, 31)})
+    *shown, rest = LargestTypes().of(replace(each, oldest_ready_age_s=float(each.name[1:])) for each in read)
     assert [each.name for each in shown] == [f"t{number:02}" for number in range(30, 10, -1)]
-    assert (rest.name, rest.changes) == (OTHER, {ChangeState.FRESH: sum(range(1, 11))})
+    assert (rest.name, rest.changes, rest.oldest_ready_age_s) == (OTHER, {ChangeState.FRESH: sum(range(1, 11))}, 10)
 
 
 def test_a_type_that_is_called_other_is_among_the_others() -> None:
