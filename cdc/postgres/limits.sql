@@ -6,8 +6,10 @@ extract(epoch FROM clock_timestamp())::float8
 
 -- name: others
 -- Not a statement: of the row k, what the others have: a lease ends %(lease_s)s after the last request of its consumer, and
--- what it may have used then rests on.
-SELECT o.key AS consumer, o.value,
+-- what it may have used then rests on. A time that is yet to come was written before the server's clock went back: it
+-- becomes now, which is later than it was, or a dead consumer would keep its part until then.
+SELECT o.key AS consumer,
+       CASE WHEN (o.value ->> 3)::float8 > {now_s} THEN jsonb_set(o.value, ARRAY['3'], to_jsonb({now_s})) ELSE o.value END AS value,
        CASE WHEN (o.value ->> 3)::float8 + %(lease_s)s + (o.value ->> 4)::float8 > {now_s} THEN (o.value ->> 0)::int ELSE 0 END AS permits,
        CASE WHEN (o.value ->> 3)::float8 + %(lease_s)s > {now_s} THEN (o.value ->> 1)::int ELSE 0 END AS slots
 FROM jsonb_each(k.leases) AS o WHERE o.key <> %(me)s
