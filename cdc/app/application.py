@@ -196,6 +196,7 @@ class App:
         shared, woken = self.components.shared, self.components.woken
         if woken is not None:
             shared.beside.append(woken)
+            shared.notified.append(self.components.notified)
             woken.notifications.streaming(connected=shared.stream is not None and shared.stream.status.connected)
         try:
             tasks += [asyncio.create_task(keep(name, run)) for name, run in self._kept()]
@@ -209,6 +210,7 @@ class App:
         finally:
             if woken is not None:
                 shared.beside.remove(woken)
+                shared.notified.remove(self.components.notified)
             else:
                 for each in shared.beside:
                     each.notifications.streaming(connected=False)
@@ -234,13 +236,18 @@ class App:
         yield "loop", self.components.loop.run
         yield "hooks", self.components.hooks.run
         yield "threads", self._once_connected(self._start_threads)
-        yield "listener", self._once_connected(self.components.listener.run)
+        if self.components.listener:
+            yield "listener", self._once_connected(self.components.listener.run)
+        if looking := self.components.shared.looking:
+            yield "look", self._once_connected(partial(looking.for_one, self.components.number))
         yield "relay", self._once_connected(self.components.relay.run)
         settings, leads = self.components.settings, self.components.woken is None
         if self.components.delivery and not settings.observe:
             yield "broker", self._once_connected(self._check_delivery)
         if leads and not settings.observe:
-            due = DuePublisher(settings.current_dsn, settings.schema_, self.consumer.owns)
+            due = DuePublisher(
+                settings.current_dsn, settings.schema_, self.consumer.owns, self.components.shared.no_event_is_due
+            )
             yield "due", self._once_connected(due.run)
         if leads and (age_s := settings.retention_s) is not None and not settings.observe:
             pruning = Pruning(settings.current_dsn, settings.schema_, age_s, self.metrics.outbox)

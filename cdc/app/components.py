@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sized
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cdc.app.config import Settings
 from cdc.app.delivery import make as make_delivery
@@ -28,6 +28,7 @@ from cdc.engine.consumer_port import ConsumerPort, ConsumerSettings
 from cdc.engine.error_policy import ErrorPolicy
 from cdc.engine.executor import Executor
 from cdc.engine.hooks import Hooks
+from cdc.engine.looking import Looking
 from cdc.engine.shadow import Shadow
 from cdc.engine.stats_poller import StatsPoller
 from cdc.engine.stream_bridge import StreamBridge, Woken
@@ -44,6 +45,7 @@ from cdc.postgres.controls import Controls
 from cdc.postgres.due import DueChanges
 from cdc.postgres.notify import Listener, Relay
 from cdc.postgres.outbox import Store
+from cdc.postgres.shared_look import Seen
 from cdc.postgres.subscription import SubscriptionStore
 from cdc.postgres.subscription_admin import SubscriptionAdmin
 from cdc.postgres.subscriptions import Subscription, Subscriptions
@@ -62,17 +64,37 @@ _SUBSCRIPTION_SCAN = 100
 """Changes of a subscription that its figures look at, of each shard."""
 
 
+class Notified(NamedTuple):
+    """What a consumer does with wake-ups, or None for "sweep now"; and when something was captured."""
+
+    received: Callable[[list[WakeUp] | None], None]
+    captured: Callable[[], None]
+
+
 @dataclass(slots=True)
 class SharedStream:
     """What reads the slot for all consumers of a process; None: it is switched off. ``beside``: who else is woken.
 
-    ``sole``: there is one consumer only.
+    ``sole``: there is one consumer only. ``looking``: what looks for all of several. ``listener``: that of who leads,
+    which calls those of ``notified``, too.
     """
 
     sole: bool = True
     stream: Stream | None = None
     leading: Woken | None = None
     beside: list[Woken] = field(default_factory=list)
+    looking: Looking | None = None
+    notified: list[Notified] = field(default_factory=list)
+    listener: Listener | None = None
+
+    def seen(self) -> Seen | None:
+        """What was looked at for all; from any thread."""
+        return self.looking.seen if self.looking else None
+
+    def no_event_is_due(self) -> bool:
+        """Whether it is known that none is to be published."""
+        seen = self.seen()
+        return seen is not None and seen.no_event_is_due
 
     def exposed(self) -> bool:
         """Whether a change runs that may end the process; from any thread."""
@@ -87,7 +109,8 @@ class Components:
     """``settings``: as they are used. ``scope``: the types that this consumer handles.
 
     ``woken`` is None for the consumer whose components run what a process needs once: the stream, retention, what is
-    due later. ``delivery`` is None if handlers are functions.
+    due later, and listening: ``listener`` is None for the others. ``number``: that of the subscription. ``delivery`` is
+    None if handlers are functions.
     """
 
     settings: Settings
@@ -103,7 +126,9 @@ class Components:
     loop: LoopWatch
     consumer: ConsumerPort
     relay: Relay
-    listener: Listener
+    listener: Listener | None
+    notified: Notified
+    number: int
     poller: StatsPoller
     shared: SharedStream
     woken: Woken | None
@@ -126,7 +151,7 @@ class Components:
             pools=self.transactions.status,
             breakers=self.breakers.status,
             wakeups=self.metrics.wakeups.status,
-            listening=self.listener.connected,
+            listening=self.shared.listener is not None and self.shared.listener.connected,
             failing_tasks=dict(self.supervisor.failing()),
             loop_last_iteration=self.loop.last_iteration_at,
         )
@@ -156,7 +181,7 @@ def build(
     delivers = delivery is not None and not settings.observe
     metrics = Metrics(settings.slot.name, router, driver=driver_versions(), delivers=delivers)
     supervisor = Supervisor(metrics.process.task_ended)
-    store = _store(settings, scope, subscription)
+    store = _store(settings, scope, subscription, shared.seen)
     threads, hooks, failures = Threads(settings.threads), Hooks(router), RecentFailures()
     transactions = _transactions(settings, router, store)
     breakers = CircuitBreakers({handler.name for handler in router.handlers.values()})
@@ -166,10 +191,10 @@ def build(
         metrics=metrics.handlers,
     )  # fmt: skip
     consumer: ConsumerPort = (
-        Shadow(_consumer_settings(settings, settings.scope, None), router=router, store=store, metrics=metrics)
+        Shadow(_consumer_settings(settings, settings.scope, None, shared), router=router, store=store, metrics=metrics)
         if settings.observe
         else Consumer(
-            _consumer_settings(settings, scope, subscription, shared.beside), executor=executor,
+            _consumer_settings(settings, scope, subscription, shared), executor=executor,
             demand=_limits(settings, router, breakers), store=store, hooks=hooks, metrics=metrics,
         )
     )  # fmt: skip
@@ -180,11 +205,13 @@ def build(
         bridge = StreamBridge(woken, relay, changed=lambda: poller.poll_now(), beside=shared.beside)  # noqa: PLW0108 - made below
         shared.stream = _stream(settings, bridge, supervisor, shared, stall_limit_s) if settings.stream else None
     poller = _poller(settings, scope, store, supervisor, shared, subscription, consumer=consumer, leads=leads)
-    listener = _listener(settings, consumer, hooks, metrics)
+    notified = _notified(consumer, hooks, metrics)
+    listener = shared.listener = _listener(settings, notified, shared) if leads else shared.listener
     components = Components(
         settings=settings, router=router, scope=scope, metrics=metrics, supervisor=supervisor, threads=threads,
         hooks=hooks, transactions=transactions, breakers=breakers, failures=failures, loop=LoopWatch(),
-        consumer=consumer, relay=relay, listener=listener, poller=poller, shared=shared,
+        consumer=consumer, relay=relay, listener=listener if leads else None, notified=notified, poller=poller,
+        number=subscription.number if subscription else shard_locks.DEFAULT, shared=shared,
         woken=None if leads else woken, delivery=delivery,
     )  # fmt: skip
     metrics.registry.register(_status_metrics(components, delivers=delivers))
@@ -214,12 +241,16 @@ def _scope(settings: Settings, router: Router, subscription: Subscription | None
     return asked if settings.unhandled == "discard" else asked.within(router.scope)
 
 
-def _store(settings: Settings, scope: TypeFilter, subscription: Subscription | None) -> Store:
+def _store(
+    settings: Settings, scope: TypeFilter, subscription: Subscription | None, seen: Callable[[], Seen | None]
+) -> Store:
     """An observer also reads the types that no handler names."""
     read = settings.scope if settings.observe else scope
     page_bytes = min(BYTES, settings.window_bytes)
     if subscription:
-        return SubscriptionStore(settings.schema_, subscription, settings.max_chain_depth, read, page_bytes=page_bytes)
+        return SubscriptionStore(
+            settings.schema_, subscription, settings.max_chain_depth, read, page_bytes=page_bytes, seen=seen
+        )
     return Store(settings.schema_, settings.max_chain_depth, read, page_bytes=page_bytes, observes=settings.observe)
 
 
@@ -308,11 +339,24 @@ def _poller(  # noqa: PLR0917 - one of each
         if leads
         else None,
         supervisor=supervisor,
+        state=store.known.state if isinstance(store, SubscriptionStore) and not leads else lambda: None,
         standbys_away=stream.waits_for_standbys if stream and may_recreate else lambda: None,
     )
 
 
-def _listener(settings: Settings, consumer: ConsumerPort, hooks: Hooks, metrics: Metrics) -> Listener:
+def _listener(settings: Settings, own: Notified, shared: SharedStream) -> Listener:
+    def received(wakeups: list[WakeUp] | None) -> None:
+        for each in (own, *shared.notified):
+            each.received(wakeups)
+
+    def captured() -> None:
+        for each in (own, *shared.notified):
+            each.captured()
+
+    return Listener(settings.current_dsn, settings.schema_, received, captured=captured)
+
+
+def _notified(consumer: ConsumerPort, hooks: Hooks, metrics: Metrics) -> Notified:
     notifications, count = consumer.notifications, metrics.wakeups.received.labels("notify")
 
     def received(wakeups: list[WakeUp] | None) -> None:
@@ -324,7 +368,7 @@ def _listener(settings: Settings, consumer: ConsumerPort, hooks: Hooks, metrics:
         others = notifications.notified(wakeups, relayed=True)
         count.inc(len(wakeups) - len(others))
 
-    return Listener(settings.current_dsn, settings.schema_, received, captured=notifications.captured)
+    return Notified(received, notifications.captured)
 
 
 def _the_one(given: Router | None, deliverys: Router | None) -> Router:
@@ -337,7 +381,7 @@ def _the_one(given: Router | None, deliverys: Router | None) -> Router:
 
 
 def _consumer_settings(
-    settings: Settings, scope: TypeFilter, subscription: Subscription | None, beside: Sized = ()
+    settings: Settings, scope: TypeFilter, subscription: Subscription | None, shared: SharedStream
 ) -> ConsumerSettings:
     return ConsumerSettings(
         dsn=settings.current_dsn,
@@ -351,8 +395,9 @@ def _consumer_settings(
         poll_interval_s=settings.poll_interval,
         scope=scope,
         subscription=subscription.number if subscription else shard_locks.DEFAULT,
-        beside=beside,
+        beside=shared.beside,
         subscription_name=settings.subscription,
+        seen=shared.seen,
     )
 
 

@@ -26,6 +26,7 @@ from cdc.core.name_template import NameFunction
 from cdc.core.router import Router
 from cdc.core.subscription import DEFAULT
 from cdc.engine.health_checks import HealthThresholds
+from cdc.engine.looking import Looking
 from cdc.http.server import Check, Routes
 from cdc.http.status_page import Answer
 from cdc.observability.registries import Registries
@@ -64,7 +65,9 @@ class Consumers:
         thresholds: HealthThresholds | None = None,
     ) -> None:
         self._thresholds = thresholds or HealthThresholds()
-        self._shared = SharedStream(sole=False)
+        first, *_ = consumers
+        self._looking = Looking(first[0].current_dsn, first[0].schema_)
+        self._shared = SharedStream(sole=False, looking=self._looking)
         self._supervisor = Supervisor()
         self._stopping = asyncio.Event()
         # The default one first: it tells of all others, and retention and what is due later are about its columns.
@@ -102,6 +105,7 @@ class Consumers:
         log.info("consumes the subscriptions %s", ", ".join(self._names))
         tasks: list[asyncio.Task[None]] = []
         with self._serving():
+            looking = asyncio.create_task(self._supervisor.keep("look", self._looking.run))
             try:
                 tasks += [asyncio.create_task(self._keep(one)) for one in self._ones]
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -110,6 +114,8 @@ class Consumers:
             finally:
                 self.stop()
                 await asyncio.gather(*tasks, return_exceptions=True)
+                looking.cancel()
+                await asyncio.wait([looking])
 
     async def _keep(self, one: _One) -> None:
         """Run it until it is stopped; it begins again after a fault of its own."""

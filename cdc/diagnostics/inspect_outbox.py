@@ -242,8 +242,8 @@ _RIGHTS = """
       FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
      WHERE n.nspname = %(schema)s AND c.relname = 'entity_changes'
 """
-_SILENT_S = 10.0
-"""A consumer that owns shards polls them every second."""
+_SILENT_S = 25.0
+"""A consumer that owns shards polls them at least every 15 s."""
 _HOLDERS = f"""
     SELECT l.pid, concat(a.application_name, ', role ', a.usename) AS name,
            (count(*) FILTER (WHERE l.objid < %(shards)s))::int AS shards,

@@ -22,7 +22,7 @@ from cdc.engine.limiting import Limiting
 from cdc.engine.pausing import Pausing
 from cdc.engine.settler import Settler
 from cdc.observability.metrics import ConsumerMetrics
-from cdc.postgres.shard_locks import Polled, ShardSession, without
+from cdc.postgres.shard_locks import POLL_MAX_S, Polled, ShardSession, without
 
 log = logging.getLogger("cdc.consumer")
 
@@ -56,8 +56,27 @@ class Balancing:
         self._warned = False
         self._without = NoShardReminder()
         self._delay = Delay()
+        self._shares: str | None = None
+        self._poll_by = 0.0
         self.members = 0
         """Live consumers, at the last poll."""
+
+    async def poll_if_changed(self, session: ShardSession, now: float, shares: str | None) -> bool:
+        """``poll``, unless ``shares``, which changes with what it would read, is as before the last one."""
+        as_before = shares is not None and shares == self._shares and now < self._poll_by
+        if as_before and self._has_nothing_pending(session):
+            return True
+        self._shares, self._poll_by = None, now + POLL_MAX_S
+        if not await self.poll(session, now):
+            return False
+        self._shares = shares
+        return True
+
+    def _has_nothing_pending(self, session: ShardSession) -> bool:
+        """Nor has the session ended."""
+        owned = self._ownership.owned
+        pending = session.unregistered or self._settler.parked
+        return bool(owned) and owned == self._ownership.active and not pending and not session.has_server_message
 
     async def poll(self, session: ShardSession, now: float) -> bool:
         """Read the membership, acquire and release. False: an obstacle stopped it, and the next poll does the rest."""

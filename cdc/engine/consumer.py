@@ -272,13 +272,16 @@ class Consumer:
     # --- shards ----------------------------------------------------------------------------------------------------
 
     async def _shard_loop(self, session: ShardSession) -> None:
+        asked = True
         while not self.lifecycle.stopping.is_set():
             self.lifecycle.iterated("shards")
-            if await self._balancing.poll(session, time.monotonic()):
+            seen = self._settings.seen()
+            shares = seen.shares.get(self._settings.subscription) if seen else None
+            if await self._balancing.poll_if_changed(session, time.monotonic(), None if asked else shares):
                 self.lifecycle.iterated("shards", answered=True)
                 await self._advance(session)
                 await self._lease(session)
-            await self._balancing.pausing.until_asked(self.lifecycle.stopping)
+            asked = await self._balancing.pausing.until_asked(self.lifecycle.stopping)
         while not self._drained.is_set():  # the server ends a session that is silent
             await self._balancing.ask(session, time.monotonic())
             await wait_within(self._drained, _POLL_SHARDS_S)

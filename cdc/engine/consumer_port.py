@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from cdc.engine.reconnecting import Lifecycle
 from cdc.observability.snapshots import ConsumerStatus
 from cdc.postgres.connect import Dsn
 from cdc.postgres.shard_locks import DEFAULT
+from cdc.postgres.shared_look import Seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class ConsumerSettings:
     """Durations in seconds. ``window`` and ``concurrency`` count changes, ``transactions`` connections.
 
     ``subscription``: the number of the one whose changes are handled. ``beside``: consumers of other subscriptions in
-    this process, which its stream wakes.
+    this process, which its stream wakes. ``seen``: what is looked at for all of these together; None: ask yourself.
     """
 
     dsn: Dsn
@@ -37,6 +38,7 @@ class ConsumerSettings:
     subscription: int = DEFAULT
     beside: Sized = ()
     subscription_name: str = DEFAULT_NAME
+    seen: Callable[[], Seen | None] = lambda: None
 
 
 class ConsumerPort(Protocol):

@@ -54,13 +54,15 @@ class Pausing:
         """Something may be paused or resumed."""
         self._may_have_changed.set()
 
-    async def until_asked(self, stopping: asyncio.Event) -> None:
-        """Until the next poll is due."""
+    async def until_asked(self, stopping: asyncio.Event) -> bool:
+        """Until the next poll is due. Whether somebody has asked for it."""
         await wait_within(stopping, _SOON_S)
         with contextlib.suppress(TimeoutError):
             async with deadline(_POLL_S - _SOON_S):
                 await unless(stopping, self._may_have_changed.wait())
+        asked = self._may_have_changed.is_set()
         self._may_have_changed.clear()
+        return asked
 
     def became(self, found: Sequence[Pause]) -> None:
         """These are in force: others than before, or a new session reads them for the first time."""

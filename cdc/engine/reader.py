@@ -97,10 +97,12 @@ class Reader:
 
     def restart(self) -> None:
         """Read the whole outbox again."""
+        self._store.doubt()
         self.next.restart(_now())
 
     def due_within(self, seconds: float) -> None:
         """Read waiting changes after this many seconds at the latest."""
+        self._store.doubt()
         self._due.within(seconds, _now())
 
     @property

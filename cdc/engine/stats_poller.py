@@ -44,6 +44,8 @@ from cdc.runtime.supervisor import Supervisor
 log = logging.getLogger("cdc.stats_poller")
 
 _EVERY_S = 15.0
+_RESTS_MAX_S = 300.0
+"""Between two readings of figures of who has nothing to do."""
 _STATEMENT_TIMEOUT = "5s"
 _ANSWER_LIMIT_S = 10.0
 _WAITING_POLLS_MAX = 4
@@ -64,7 +66,8 @@ class StatsPoller:
     ``asked``: the types that the settings name, if the handlers handle fewer of them.
     ``types``: reads the figures of each entity type, and what else the page shows. ``subscriptions``: reads the figures
     of those that this consumer tells of. ``standbys_away``: called when the slot has sent nothing for about a minute,
-    because it is one for failover and standbys are away.
+    because it is one for failover and standbys are away. ``state``: the same while nothing changes, which spares the
+    figures of who has nothing to do, for a time; None: it may change.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class StatsPoller:
         types: OutboxAdmin | None = None,
         subscriptions: Callable[[psycopg.Connection], list[SubscriptionProgress] | None] | None = None,
         standbys_away: Callable[[], None] = lambda: None,
+        state: Callable[[], object] = lambda: None,
         supervisor: Supervisor | None = None,
     ) -> None:
         self._supervisor = supervisor or Supervisor()
@@ -90,6 +94,7 @@ class StatsPoller:
         self._slot = _WatchedSlot(slot, standbys_away) if slot is not None else None
         self._types = _WatchedTypes(types, due) if types else None
         self._subscriptions = _WatchedSubscriptions(subscriptions) if subscriptions else None
+        self.rest = _Idleness(state)
         self._stopping = threading.Event()
         self._due = threading.Event()
         self._thread = threading.Thread(target=self._kept, name="cdc-collector", daemon=True)
@@ -103,6 +108,7 @@ class StatsPoller:
 
     def poll_now(self, *, everything: bool = False) -> None:
         """Poll at once, as something has changed; from any thread. ``everything``: also what is read less often."""
+        self.rest.end()
         if everything:
             if self._types is not None:
                 self._types.next_at = 0.0
@@ -126,6 +132,9 @@ class StatsPoller:
         while not self._stopping.is_set():
             self.status = replace(self.status, last_iteration_at=time.monotonic())
             self._due.clear()
+            if self.rest.goes_on(self.status.outbox):
+                self._due.wait(_EVERY_S)
+                continue
             self._collect("outbox", self._outbox, partial(self._show_outbox, None))
             if self._slot is not None:
                 self._collect("slot", self._read_slot, partial(self._show_slot, None))
@@ -204,6 +213,29 @@ class StatsPoller:
         assert self._types
         self.status = replace(self.status, types=self._types.shown(outbox) if outbox else ())
         self.readings = replace(self.readings, outbox=(time.monotonic(), outbox) if outbox else None)
+
+
+class _Idleness:
+    """While nothing is read, since nothing is fresh, nothing waits, and the state is as it was."""
+
+    def __init__(self, state: Callable[[], object]) -> None:
+        self._state = state
+        self._then: object = None
+        self._until = 0.0
+        self.on = False
+        """From any thread."""
+
+    def end(self) -> None:
+        self._until = 0.0
+
+    def goes_on(self, outbox: OutboxStatus | None) -> bool:
+        """``outbox``: as it was read last. Not: it is read now."""
+        state, now = self._state(), time.monotonic()
+        idle = outbox is not None and not (outbox.changes[ChangeState.FRESH] or outbox.changes[ChangeState.WAITING])
+        self.on = idle and state is not None and state == self._then and now < self._until
+        if not self.on:
+            self._then, self._until = state, now + _RESTS_MAX_S
+        return self.on
 
 
 class _Session:

@@ -14,8 +14,8 @@ Outcomes are settled on this very session: a consumer that has lost it has lost 
 A dead process's locks are released as soon as its kernel closes the socket. For a vanished host the server decides, by
 the TCP settings of ``connect.SERVER_TCP``; the client gives up earlier (``connect.CLIENT_TCP``). TCP notices nothing
 where a proxy between the two stands still and keeps both of its links. There the client closes its link when an answer
-is late (``link``). Since an owner polls the shards every second, the server ends a session that has sent nothing for
-``SILENCE_MAX_S``. The server alone decides that: the same act ends the session and releases its locks.
+is late (``link``). Since an owner polls the shards at least every ``POLL_MAX_S``, the server ends a session that has
+sent nothing for ``SILENCE_MAX_S``. The server alone decides that: the same act ends the session and releases its locks.
 """
 
 from __future__ import annotations
@@ -59,8 +59,11 @@ DUE = SHARDS + 3
 
 SILENCE_MAX_S = 60
 """For an owner of shards that is frozen, or whose link is; its keys wait that long for another owner."""
-_SILENT_S = 10.0
-"""An owner polls every second."""
+_SILENT_S = 25.0
+"""An owner polls at least every POLL_MAX_S."""
+POLL_MAX_S = 15.0
+"""Where a shared look shows that nothing has changed, else each second. Twice that and the time that an answer may take
+are less than SILENCE_MAX_S: who is cut off knows it before the server gives its shards away."""
 _SHOWN = 5
 _ANSWER_LIMIT_S = 25.0
 """Longer than statement_timeout; half a minute with the second between two polls."""

@@ -37,14 +37,16 @@ from cdc.core.errors import SchemaError
 from cdc.core.model import SHARDS, Change, Coalesced, Key, Suspicion, WakeUp
 from cdc.core.page_size import BYTES
 from cdc.core.pauses import Pauses
+from cdc.core.read_planner import Sweep
 from cdc.core.read_reconciler import Settlement
 from cdc.core.type_filter import TypeFilter
 from cdc.postgres import grants
 from cdc.postgres.coalesced import CoalescedChanges
 from cdc.postgres.outbox import CRASHED, INDEXED, Store, as_array
 from cdc.postgres.outcomes import divide, settle_values
-from cdc.postgres.pages import COUNT_BOUND, Figures, OutboxPage
+from cdc.postgres.pages import COUNT_BOUND, DuePage, Figures, OutboxPage
 from cdc.postgres.shard_locks import change_locks
+from cdc.postgres.shared_look import KnownAnswers, Seen
 from cdc.postgres.sql_files import blocks, load
 from cdc.postgres.subscriptions import INDEXES, Subscription
 from cdc.postgres.unreadable import NUMBERS, RefusedRows
@@ -92,6 +94,7 @@ class SubscriptionStore(Store):
         scope: TypeFilter,
         *,
         page_bytes: int = BYTES,
+        seen: Callable[[], Seen | None] = lambda: None,
     ) -> None:
         super().__init__(schema, max_chain_depth, scope, page_bytes=page_bytes)
         self._statements = statements(schema)
@@ -108,6 +111,7 @@ class SubscriptionStore(Store):
             # Of the locks by which a transactional handler says which changes it has taken.
             "locks": change_locks(schema, subscription.number),
         }
+        self.known = KnownAnswers(subscription.number, seen)
         self._unproved = True
         """Positions may be moved."""
         self._look_at = 0.0
@@ -147,15 +151,40 @@ class SubscriptionStore(Store):
             return await self._page(reader, await self._rows(reader, "fetch", self._numbers(wakeups)))
         return await super().fetch(reader, wakeups)
 
+    # --- what is known without asking ------------------------------------------------------------------------------
+
+    def doubt(self) -> None:
+        self.known.doubt()
+
+    async def sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> OutboxPage:
+        seen = self.known.seen
+        if seen and self.known.finds_nothing(sweep, seen):
+            return OutboxPage([], seen.snapshot, None if sweep.scope.everything else {})
+        page = await super().sweep(reader, sweep)
+        if seen and not (page.rows or page.scanned or page.cut):
+            self.known.found_nothing(sweep, seen)
+        return page
+
+    async def due(
+        self, reader: psycopg.AsyncConnection, shards: Iterable[int], limit: int, without: Iterable[str] = (),
+        **where: Any,
+    ) -> DuePage:  # fmt: skip
+        if seen := self.known.seen:
+            next_due_s = self.known.next_due_s(seen)
+            if next_due_s is None or next_due_s > 0:
+                return DuePage([], next_due_s, None)
+        return await super().due(reader, shards, limit, without, **where)
+
     # --- positions -------------------------------------------------------------------------------------------------
 
     def may_advance(self, now: float) -> bool:
         """Whether there may be something to move: something was settled, a candidate waits, or it has been long."""
-        return self._unproved or now >= self._look_at
+        return self._unproved or (now >= self._look_at and not self.known.is_at_end)
 
     async def advance(self, session: psycopg.AsyncConnection, shards: Collection[int]) -> None:
         """Move the positions of these shards, on the session that owns them."""
         self._unproved, self._look_at = False, time.monotonic() + _AT_LEAST_S
+        before = self.known.seen
         types, include = self.scope
         parameters = {
             "shards": as_array(shards), "types": list(types), "among": include, "scan": _SCAN, "shards_max": SHARDS - 1,
@@ -166,12 +195,17 @@ class SubscriptionStore(Store):
             self._unproved = True
             raise
         self._unproved = self._unproved or candidates > 0
+        if not self._unproved:
+            self.known.at_end(before)
 
     # --- outcomes --------------------------------------------------------------------------------------------------
 
     async def settle(self, session: psycopg.AsyncConnection, batch: Sequence[Settlement], **options: Any) -> Any:
         self._unproved = True
-        return await super().settle(session, batch, **options)
+        try:
+            return await super().settle(session, batch, **options)
+        finally:
+            self.doubt()
 
     async def _settle_others(
         self, session: psycopg.AsyncConnection, batch: Sequence[Settlement], maybe_written: Container[int]
@@ -214,11 +248,14 @@ class SubscriptionStore(Store):
             "errors": [CRASHED if change.crashed else None for change in changes],
             "handlers": list(handlers),
         }
-        return {ids[seq] for (seq,) in await self._rows(session, "start", parameters)}
+        started = {ids[seq] for (seq,) in await self._rows(session, "start", parameters)}
+        self.doubt()
+        return started
 
     async def unstart(self, session: psycopg.AsyncConnection, changes: Sequence[Change]) -> None:
         await session.execute(self._statements["unstart"], self._numbers(changes))
         self._unproved = True
+        self.doubt()
 
     async def suspects(self, session: psycopg.AsyncConnection, change: Change) -> Suspicion:
         place = {"seq": change.seq, "shard": change.shard, "crashed": CRASHED}
