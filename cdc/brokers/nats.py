@@ -45,6 +45,7 @@ _LOOK_S = 0.25
 _PING_S = 5
 """A link that is silent for three of these is lost."""
 _HEADERS_LINE = len(b"NATS/1.0\r\n\r\n")
+_MESSAGE_ID = "Nats-Msg-Id"
 _NO_RESPONDERS = "503"
 _FULL = {10_023, 10_028, 10_047, 10_077}
 """Error codes of JetStream: no resources, no memory or storage left for the account, and a stream at its limits."""
@@ -247,7 +248,8 @@ class _Connection:
             again.cancel()
 
     async def _answered(self, answer: Msg) -> None:
-        self._reader = asyncio.current_task()
+        if self._reader is None:
+            self._reader = asyncio.current_task()
         _, token, place = answer.subject.rsplit(".", 2)
         if token in self._open:
             acks, messages = self._open[token]
@@ -332,11 +334,13 @@ class _Clean(str):
 
 def _headers(message: Message) -> tuple[dict[str, str], int]:
     """What a message has before its body, and the bytes of that, which count for the server's limit."""
-    headers = {**message.headers, "Nats-Msg-Id": message.id}
-    text = "".join([*headers, *headers.values()])
-    size = (len(text) if text.isascii() else len(text.encode())) + 4 * len(headers) + _HEADERS_LINE
-    if text.isprintable() and " " not in text:
-        headers = {name: _Clean(value) for name, value in headers.items()}
+    given = message.headers
+    text = "".join([*given, *given.values(), _MESSAGE_ID, message.id])
+    size = (len(text) if text.isascii() else len(text.encode())) + 4 * (len(given) + 1) + _HEADERS_LINE
+    if not text.isprintable() or " " in text:
+        return {**given, _MESSAGE_ID: message.id}, size
+    headers: dict[str, str] = {name: _Clean(value) for name, value in given.items()}
+    headers[_MESSAGE_ID] = _Clean(message.id)
     return headers, size
 
 

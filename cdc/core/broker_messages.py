@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from datetime import datetime
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -14,7 +14,6 @@ from cdc.core.model import Change, Operation
 CONTENT_TYPE = "content-type"
 _PRINTED = "".join(map(chr, range(0x21, 0x7F))).replace('"', "").replace("%", "")
 """Characters that a header of HTTP, and of what follows its binding, has as they are."""
-_AS_IT_IS = re.compile(f"[{re.escape(_PRINTED)}]*").fullmatch
 _IN_HEADERS = ("id", "time", "partitionkey", "causedby")
 """Attributes of an event in structured mode that its headers repeat, for who routes without parsing."""
 
@@ -46,20 +45,32 @@ class Encoding:
         self._source = source
         self._prefix = ("ce" if self._binary else "cdc") + separator
         self._percent = percent
+        self._at: datetime | None = None
+        self._at_text = ""
+        self._id, self._time, self._key, self._caused_by = (self._prefix + each for each in _IN_HEADERS)
 
     def message(self, change: Change, name: str) -> Message:
-        found = cloudevents.attributes(change, self._source)
-        key, id_ = str(found["partitionkey"]), str(found["id"])
+        id_, at, key = str(change.id), self._time_of(change), cloudevents.partition_key(change)
         if self._binary:
-            media_type = str(found.pop("datacontenttype"))
+            found = cloudevents.attributes(change, self._source)
+            headers = {CONTENT_TYPE: str(found.pop("datacontenttype"))}
+            headers |= {self._prefix + attribute: str(value) for attribute, value in found.items()}
             body = cloudevents.data(change).encode()
         else:
-            media_type, body = cloudevents.EVENT_TYPE, cloudevents.structured(change, found)
-            found = {each: found[each] for each in _IN_HEADERS if each in found}
-        headers = {CONTENT_TYPE: media_type}
-        for attribute, value in found.items():
-            text = str(value)
-            if self._percent and not _AS_IT_IS(text):
-                text = quote(text, safe=_PRINTED)
-            headers[self._prefix + attribute] = text
+            headers = {CONTENT_TYPE: cloudevents.EVENT_TYPE, self._id: id_, self._time: at, self._key: key}
+            if change.caused_by:
+                headers[self._caused_by] = str(change.caused_by)
+            body = cloudevents.structured(change, self._source, id_, at, key)
+        if self._percent and not _as_it_is("".join(headers.values())):
+            headers = {header: quote(text, safe=_PRINTED) for header, text in headers.items()}
         return Message(name, id_, key, body, headers, change.operation is Operation.DELETE)
+
+    def _time_of(self, change: Change) -> str:
+        """Made once for the changes of a transaction, which have it in common and come together."""
+        if change.changed_at != self._at:
+            self._at, self._at_text = change.changed_at, cloudevents.time(change)
+        return self._at_text
+
+
+def _as_it_is(text: str) -> bool:
+    return text.isascii() and text.isprintable() and not (" " in text or '"' in text or "%" in text)

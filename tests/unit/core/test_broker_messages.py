@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -14,7 +14,10 @@ from cloudevents.core.base import BaseCloudEvent
 from cloudevents.core.bindings.http import HTTPMessage, from_http_event
 from cloudevents.core.bindings.kafka import KafkaMessage, from_kafka_event
 from cloudevents.core.bindings.rabbitmq import RabbitMQMessage, from_rabbitmq_event
+from hypothesis import given
+from hypothesis import strategies as st
 
+from cdc.core import cloudevents
 from cdc.core.broker_messages import Encoding, Message
 from cdc.core.model import Change
 from cdc.testing import change as make_change
@@ -84,3 +87,31 @@ def test_no_digit_of_a_number_is_lost(mode: str) -> None:
     message = Encoding(mode, None, separator="-").message(_change(), "name")
     found = json.loads(message.body or b"", parse_float=Decimal)
     assert str((found if mode == "binary" else found["data"])["new"]["total"]) == "12.50"
+
+
+_TEXTS = st.text(st.sampled_from('a.B/ "\\{}\n\u00e9\u20ac\U0001f600%'), max_size=12)
+
+
+@given(
+    kind=_TEXTS.filter(bool),
+    key=_TEXTS,
+    schema=st.none() | _TEXTS,
+    source=st.none() | _TEXTS.filter(bool),
+    more=st.fixed_dictionaries({"caused_by": st.none() | st.uuids(), "replay_of": st.none() | st.uuids()}),
+)
+def test_the_document_of_an_event_has_its_attributes_and_its_data_whatever_is_in_them(
+    kind: str, key: str, schema: str | None, source: str | None, more: dict[str, Any]
+) -> None:
+    change = make_change(kind, "UPDATE", key, old={"a": 1}, new=None, table_schema=schema, changed_at=_AT, **more)
+    document = cloudevents.event(change, source)
+    expected = {**cloudevents.attributes(change, source), "data": json.loads(cloudevents.data(change))}
+    assert json.loads(document) == expected
+    assert json.loads(cloudevents.data(change))["entity_id"] == key
+    assert Encoding("structured", source, separator="-").message(change, "x").body == document
+
+
+def test_each_of_the_changes_of_one_encoding_has_its_own_time() -> None:
+    encoding = Encoding("structured", None, separator="-")
+    times = [_AT, _AT, _AT.astimezone(timezone(timedelta(hours=2))), _AT + timedelta(seconds=1), _AT]
+    found = [encoding.message(make_change("x", changed_at=each), "x").headers["cdc-time"] for each in times]
+    assert found == ["2026-01-02T03:04:05.000678Z"] * 3 + ["2026-01-02T03:04:06.000678Z", "2026-01-02T03:04:05.000678Z"]
