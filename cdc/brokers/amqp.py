@@ -201,7 +201,7 @@ async def _closed(connection: AbstractConnection) -> None:
 
 
 async def _blocked(connection: AbstractConnection) -> bool:
-    """Whether the broker has told that it reads nothing for now."""
+    """Whether the broker has said that it reads nothing for now."""
     if connection.transport is None:
         return False
     try:

@@ -158,7 +158,7 @@ class _Connection:
     def __init__(self) -> None:
         self.client = Client()
         self.failure: Exception | None = None
-        """The last error that the client has told of."""
+        """The last error that the client has reported."""
         self._inbox = ""
         self._tokens = count()
         self._open: dict[str, tuple[Acks, Sequence[Message]]] = {}
@@ -166,7 +166,7 @@ class _Connection:
         self._publishing: set[asyncio.Timeout] = set()
         """Of what is being handed to the client: ended with the connection."""
         self._reader: asyncio.Task[Any] | None = None
-        self._deaf: DeliveryError | None = None
+        self._unanswered: DeliveryError | None = None
         """No answer can come."""
         self._asked: set[str] = set()
         """Subjects whose right is asked for and not denied, in small letters."""
@@ -189,16 +189,16 @@ class _Connection:
         asked = subject.lower()
         self._asked.add(asked)
         await self.client.publish(subject, b"", _RESERVED)
-        await self.client.flush(int(CONNECT_S))  # what is refused is told before
-        if self._deaf is not None:
-            raise self._deaf
+        await self.client.flush(int(CONNECT_S))  # what is refused is said before
+        if self._unanswered is not None:
+            raise self._unanswered
         allowed = asked in self._asked
         self._asked.discard(asked)
         return allowed
 
     async def send(self, messages: Sequence[Message], timeout_s: float) -> list[Result]:
-        if self._deaf is not None:
-            return [self._deaf] * len(messages)
+        if self._unanswered is not None:
+            return [self._unanswered] * len(messages)
         acks, token = Acks(len(messages)), str(next(self._tokens))
         self._open[token] = acks, messages
         try:
@@ -257,15 +257,15 @@ class _Connection:
 
     async def _failed(self, error: Exception) -> None:
         self.failure = error
-        told = str(error).lower()
-        if f"{_NOT_SUBSCRIBED}{self._inbox.lower()}." in told:
-            self._deaf = DeliveryError(
+        said = str(error).lower()
+        if f"{_NOT_SUBSCRIBED}{self._inbox.lower()}." in said:
+            self._unanswered = DeliveryError(
                 f"the login has no right to subscribe to {_INBOXES}, where acknowledgements come",
                 hint=f'add it to the permissions of the login: subscribe: ["{_INBOXES}"]',
             )
             for acks, _ in self._open.values():
-                acks.lost(self._deaf)
-        _, found, rest = told.partition(_VIOLATION)
+                acks.lost(self._unanswered)
+        _, found, rest = said.partition(_VIOLATION)
         if found:
             self._refuse(rest.partition('"')[0])
 
@@ -281,8 +281,8 @@ class _Connection:
 
     def _why(self, error: Exception) -> LostError:
         """What the server has said last, where it has ended the connection with a word."""
-        told = self.client.last_error
-        return _broken(error if told is None or told is self.failure else told)
+        said = self.client.last_error
+        return _broken(error if said is None or said is self.failure else said)
 
     def _lost(self, error: LostError) -> None:
         for limit in self._publishing:

@@ -200,7 +200,7 @@ authorization { users = [
   {user: writer, password: hunter, permissions: {publish: ["cdc.>"], subscribe: "_INBOX.>"}},
   {user: names, password: hunter, permissions: {publish: ["cdc.>", "$JS.API.STREAM.NAMES"], subscribe: "_INBOX.>"}},
   {user: other, password: hunter, permissions: {publish: {allow: [">"], deny: ["cdc.x"]}}},
-  {user: deaf, password: hunter, permissions: {publish: [">"], subscribe: "cdc.>"}},
+  {user: unanswered, password: hunter, permissions: {publish: [">"], subscribe: "cdc.>"}},
 ] }
 """
 
@@ -221,7 +221,11 @@ def nats_with_rights(nats_server: NatsServer, tmp_path: Path) -> NatsServer:
         ("writer", Severity.OK, r"the login may publish to cdc\.x; its stream: not known, the login may not ask"),
         ("names", Severity.OK, r"cdc\.x goes into the stream CDC; what it keeps: not known, the login may not ask"),
         ("other", Severity.FAIL, r"^the login has no right to publish to the subject cdc\.x$"),
-        ("deaf", Severity.FAIL, r"^the login has no right to subscribe to _INBOX\.>, where acknowledgements come$"),
+        (
+            "unanswered",
+            Severity.FAIL,
+            r"^the login has no right to subscribe to _INBOX\.>, where acknowledgements come$",
+        ),
     ],
 )
 async def test_the_doctor_says_whether_a_login_of_nats_may_publish_and_sends_nothing_to_anybody(
@@ -245,7 +249,7 @@ async def test_a_login_of_nats_to_which_no_answer_comes_makes_dead_letters_that_
 ) -> None:
     await nats_with_rights.prepare()
     outbox_db.execute("SELECT publish_change('x', 'k' || n, 'INSERT', '{}') FROM generate_series(1, 3) AS n")
-    login: dict[str, Any] = {"deliver_user": "deaf", "deliver_password": "hunter"}
+    login: dict[str, Any] = {"deliver_user": "unanswered", "deliver_password": "hunter"}
 
     async def done() -> bool:
         return settled(outbox_db)

@@ -44,6 +44,12 @@ async def _true(condition: Any, what: str, within_s: float = 30.0) -> None:
     await eventually_async(check, what=what, within_s=within_s)
 
 
+async def _a_step_of_the_loop() -> None:
+    done = asyncio.Event()
+    asyncio.get_running_loop().call_soon(done.set)
+    await done.wait()
+
+
 _Played = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -98,11 +104,11 @@ async def test_a_server_of_nats_that_goes_while_the_client_has_something_to_send
             return await sender.send(_messages(1, 10), 20.0) if sender.connected else []
 
         sent = [asyncio.create_task(one())]
-        await asyncio.sleep(0)
+        await _a_step_of_the_loop()
         gone.set()
         while sender.connected:  # each step of the loop has something to send
             sent.append(asyncio.create_task(one()))
-            await asyncio.sleep(0)
+            await _a_step_of_the_loop()
         results = [each for task in sent for each in await task]
     assert {str(each).partition("(")[0] for each in results} == {
         "the connection to the broker broke before an acknowledgement came "
