@@ -50,9 +50,12 @@ from cdc.postgres.grants import (
     BARRED,
     BARRIER_RIGHTS,
     DUE_DESCRIPTION,
+    FLOOR_RIGHTS,
     KEEPING,
     LEASE_RIGHTS,
+    NUMBERS,
     PAYLOAD,
+    POSITIONS,
     PUBLISH_DUE,
     SHARD_RIGHTS,
     STATE,
@@ -233,6 +236,10 @@ _RIGHTS = """
              WHERE k.relnamespace = n.oid AND k.relname = 'change_attempts') AS attempting,
            (SELECT bool_and(has_table_privilege(k.oid, p)) FROM pg_catalog.pg_class k, unnest(%(leases)s::text[]) p
              WHERE k.relnamespace = n.oid AND k.relname = 'cdc_limit_leases') AS leasing,
+           (SELECT bool_and(has_table_privilege(k.oid, p)) FROM pg_catalog.pg_class k, unnest(%(floors)s::text[]) p
+             WHERE k.relnamespace = n.oid AND k.relname = 'cdc_positions') AS keeping_floors,
+           (SELECT has_sequence_privilege(s.oid, 'SELECT') FROM pg_catalog.pg_class s
+             WHERE s.relnamespace = n.oid AND s.relname = %(numbers)s AND s.relkind = 'S') AS counting,
            (SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE')) FROM pg_catalog.pg_proc p
              WHERE p.pronamespace = n.oid AND p.proname = 'publish_due') AS publishing,
            (SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE')) FROM pg_catalog.pg_proc p
@@ -394,7 +401,8 @@ def astray(connection: psycopg.Connection, name: str) -> Astray:
 def rights(connection: psycopg.Connection, subject: Subject) -> Rights:
     parameters = {"schema": subject.schema, "marked": list(STATE), "owning": list(SHARD_RIGHTS),
                   "barrier": list(BARRIER_RIGHTS), "keeping": list(KEEPING),
-                  "attempts": list(ATTEMPT_RIGHTS), "leases": list(LEASE_RIGHTS)}  # fmt: skip
+                  "attempts": list(ATTEMPT_RIGHTS), "leases": list(LEASE_RIGHTS), "floors": list(FLOOR_RIGHTS),
+                  "numbers": NUMBERS}  # fmt: skip
     row = one(connection, _RIGHTS, parameters, what="entity_changes")
     return Rights(role=row["role"], schema=subject.schema, grants=_grants(row, subject))
 
@@ -409,6 +417,7 @@ def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
         sql.Identifier(subject.schema, name) for name in tables
     )
     described = sql.SQL(", ").join(map(sql.Identifier, DUE_DESCRIPTION))
+    positions, numbers = sql.Identifier(subject.schema, POSITIONS), sql.Identifier(subject.schema, NUMBERS)
     keeping = sql.SQL(", ").join(sql.Identifier(subject.schema, name) for name in KEEPING)
     columns = sql.SQL(", ").join(map(sql.Identifier, row["unmarked"]))
     publish_due, barred = (
@@ -427,6 +436,8 @@ def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
         (row["heeding"] is False, sql.SQL("SELECT ON {}").format(controls)),
         (row["attempting"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(ATTEMPT_RIGHTS)), attempts)),
         (row["leasing"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(LEASE_RIGHTS)), leases)),
+        (row["keeping_floors"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(FLOOR_RIGHTS)), positions)),
+        (row["counting"] is False, sql.SQL("SELECT ON SEQUENCE {}").format(numbers)),
         (row["owning"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(SHARD_RIGHTS)), shards)),
     )
     grant = sql.SQL("GRANT {} TO {};")

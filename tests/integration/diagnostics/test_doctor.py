@@ -393,7 +393,7 @@ def test_a_key_column_that_is_gone_is_named_before_the_next_write_fails(shop: st
     assert (found["severity"], "tasks has no column id" in found["detail"]) == ("fail", True)
 
 
-@pytest.mark.parametrize("lacking", ["schema", "select", "column", "shards", "leases", "attempts"])
+@pytest.mark.parametrize("lacking", ["schema", "select", "column", "shards", "leases", "attempts", "floors", "numbers"])
 def test_each_missing_right_is_named_by_its_grant(shop: str, db: psycopg.Connection, role: str, lacking: str) -> None:
     weak = make_conninfo(shop, user=role)
     apply(shop, run(weak, "--no-stream", "--fix").stdout)
@@ -409,6 +409,10 @@ def test_each_missing_right_is_named_by_its_grant(shop: str, db: psycopg.Connect
                    'GRANT SELECT, INSERT, UPDATE, DELETE ON "public"."cdc_limit_leases" TO "{}";'),
         "attempts": ("INSERT ON change_attempts FROM {}",
                      'GRANT SELECT, INSERT, DELETE ON "public"."change_attempts" TO "{}";'),
+        "floors": ("INSERT ON cdc_positions FROM {}",
+                   'GRANT SELECT, INSERT, UPDATE ON "public"."cdc_positions" TO "{}";'),
+        "numbers": ("SELECT ON SEQUENCE entity_changes_seq_seq FROM {}",
+                    'GRANT SELECT ON SEQUENCE "public"."entity_changes_seq_seq" TO "{}";'),
     }[lacking]  # fmt: skip
     db.execute(sql.SQL("REVOKE " + revoke).format(sql.Identifier(role)))
     found = findings(weak, "--no-stream")["grants"]
