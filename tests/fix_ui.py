@@ -8,7 +8,7 @@ import shutil
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from cdc.contrib.ui.serve import make_app
 from cdc.core.router import Router
 from cdc.diagnostics.facts import Subject
 from cdc.postgres import grants
+from cdc.postgres.grants import Grantee
 from cdc.runtime import web_server
 from tests.eventually import eventually
 
@@ -96,15 +97,24 @@ def because(page: Page, reason: str, button: str) -> None:
     page.get_by_role("button", name=button, exact=True).click()
 
 
+@contextmanager
+def granted(dsn: str, db: psycopg.Connection, kind: Callable[[str], Grantee]) -> Iterator[str]:
+    """The DSN of a role of this kind, which is dropped in the end."""
+    [(name,)] = db.execute("SELECT 'granted_' || current_database()").fetchall()
+    role = sql.Identifier(name)
+    db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
+    try:
+        grants.grant(db, "public", [kind(name)])
+        yield make_conninfo(dsn, user=name)
+    finally:
+        db.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
+
+
 @pytest.fixture
 def reader(outbox: str, outbox_db: psycopg.Connection) -> Iterator[str]:
     """The DSN of a role that was granted --readonly."""
-    [(name,)] = outbox_db.execute("SELECT 'reader_' || current_database()").fetchall()
-    role = sql.Identifier(name)
-    outbox_db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
-    grants.grant(outbox_db, "public", [grants.reader(name)])
-    yield make_conninfo(outbox, user=name)
-    outbox_db.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
+    with granted(outbox, outbox_db, grants.reader) as dsn:
+        yield dsn
 
 
 def ask(

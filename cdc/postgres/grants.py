@@ -165,12 +165,17 @@ def reader(role: str, *, payload: bool = False) -> Grantee:
 
 
 def operator(role: str, *, payload: bool = False) -> Grantee:
-    """For who decides: what a reader sees, and pauses, retries and discards."""
+    """For who decides: what a reader sees, subscriptions and backfills, and pauses, limits, retries and discards."""
     seen = reader(role, payload=payload).rights
     decides = (
         Right(("UPDATE",), CHANGES, STATE),
         Right(("SELECT",), BARRIERS),
         Right(("SELECT",), SUBSCRIPTIONS),
+        Right(("SELECT",), POSITIONS),
+        Right(("UPDATE",), POSITIONS, ("owned_since",)),  # to discard locks a position
+        Right(SUBSCRIPTION_RIGHTS, SUBSCRIPTION_CHANGES),
+        Right(("SELECT",), BACKFILLS),
+        Right(("UPDATE",), BACKFILLS, ("state", "changed_at")),
         Right(CONTROL_RIGHTS, CONTROLS),
         *RECORDING,
     )

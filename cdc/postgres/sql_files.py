@@ -25,7 +25,8 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
 
     ``file`` is in this folder, or with a slash in it a path below the package.
 
-    These are ``{changes}``, the table, and ``{every_column}`` of it; ``{regclass}``, its name as a literal;
+    These are ``{changes}``, the table, and ``{every_column}`` of it, or ``{described}``, those without payload;
+    ``{regclass}``, its name as a literal;
     ``{backfills}``, the table of backfills; ``{due_changes}``, that of what is due later, and its function
     ``{publish_due}``; ``{barriers}``, that of changes of whole tables that are not settled,
     ``{barriers_regclass}``, ``{is_barred}``, a function, and ``{barred_regprocedure}``; ``{is_table_function}``, an
@@ -40,6 +41,7 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
     names = {
         "changes": table(schema, "entity_changes"),
         "every_column": sql.SQL(", ").join(map(sql.Identifier, (*DESCRIPTION, *STATE, *PAYLOAD))),
+        "described": sql.SQL(", ").join(map(sql.Identifier, (*DESCRIPTION, *STATE))),
         "regclass": _in_text(sql.Literal(sql.Identifier(schema, "entity_changes").as_string())),
         "backfills": table(schema, "cdc_backfills"),
         "due_changes": table(schema, "cdc_due_changes"),

@@ -7,12 +7,12 @@
 -- one of its two halves, see subscriptions.sql; what waits or is dead has its key and its type as hashes.
 
 -- name: change_of_e
--- Not a statement: the change that e, of the progress, is about.
+-- Not a statement: the change that e, of the progress, is about, without its payload: not every operator may see that.
 SELECT n.* FROM (
-  (SELECT n.* FROM {changes} AS n WHERE n.shard = e.shard AND n.seq = e.seq
+  (SELECT {described} FROM {changes} AS n WHERE n.shard = e.shard AND n.seq = e.seq
      AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL LIMIT 1)
   UNION ALL
-  (SELECT n.* FROM {changes} AS n WHERE n.shard = e.shard AND n.seq = e.seq
+  (SELECT {described} FROM {changes} AS n WHERE n.shard = e.shard AND n.seq = e.seq
      AND (n.processed OR n.next_attempt_at IS NOT NULL OR n.dead_at IS NOT NULL) LIMIT 1)
 ) AS n LIMIT 1
 

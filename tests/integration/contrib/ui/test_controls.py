@@ -12,11 +12,12 @@ from cdc.core.errors import RefusedError
 from cdc.core.limits import Limit, LimitSetting
 from cdc.core.pauses import Pause
 from cdc.core.router import Router
+from cdc.postgres import grants
 from cdc.postgres.actions import ActionLog
 from cdc.postgres.controls import Controls
 from cdc.postgres.limit_admin import LimitAdmin
 from tests.commands_subscription import create
-from tests.fix_ui import ask, because, failed, serving
+from tests.fix_ui import ask, because, failed, granted, serving
 
 
 def _router() -> Router:
@@ -208,3 +209,55 @@ def test_a_reader_sees_limits_and_may_not_set_one(reader: str, page: Page, outbo
         asked = {"handler": "send", "rate": "9/s", "because": "x"}
         assert ask(address, "/api/limits", asked)[0] == 403
         assert ask(address, "/api/limits/clear", {"all": True, "because": "x"})[0] == 403
+
+
+def test_a_subscription_is_paused_and_resumed_where_its_progress_is(
+    interface: str, outbox: str, page: Page, outbox_db: psycopg.Connection
+) -> None:
+    create(outbox, "search")
+    create(outbox, "billing")
+    page.goto(f"{interface}/subscriptions")
+    page.get_by_role("button", name="Pause search").click()
+    expect(page.get_by_label("subscription")).to_have_value("search")
+    because(page, "its index is rebuilt", "Pause")
+    page.get_by_role("button", name="Pause", exact=True).click()
+    expect(page.get_by_role("cell", name="its index is rebuilt")).to_be_visible()
+    page.goto(f"{interface}/subscriptions")
+    expect(page.get_by_role("row", name="search paused")).to_be_visible()
+    expect(page.get_by_role("row", name="billing no consumer")).to_be_visible()
+    page.get_by_role("button", name="Resume everything in the subscription search").click()
+    because(page, "it is there", "Resume")
+    assert outbox_db.execute("SELECT count(*) FROM cdc_controls").fetchone() == (0,)
+
+
+def test_a_role_that_is_granted_operator_may_do_all_of_it_and_replay_nothing(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    create(outbox, "search", "--from", "beginning")
+    failed(outbox_db, 4)
+    outbox_db.execute(
+        "INSERT INTO cdc_subscription_changes (subscription, shard, seq, dead_at)"
+        " SELECT 1, shard, seq, now() FROM entity_changes WHERE seq <= 2"
+    )
+    outbox_db.execute(
+        "INSERT INTO cdc_backfills (table_schema, table_name, key_columns, key_order, estimate, backlog)"
+        " VALUES ('public', 't', '{id}', '', 1, 1)"
+    )
+    why = {"because": "a test"}
+    with granted(outbox, outbox_db, grants.operator) as dsn, serving(dsn) as address:
+        for path in ("/api/subscriptions", "/api/backfills", "/api/changes", "/api/limits"):
+            status, found, _ = ask(address, path)
+            assert (status, bool(next(iter(found.values()))) or path == "/api/limits") == (200, True), (path, found)
+        for path, body in (
+            ("/api/changes/retry", {"changes": [1]}), ("/api/changes/discard", {"changes": [2]}),
+            ("/api/changes/retry", {"changes": [1], "subscription": "search"}),
+            ("/api/changes/discard", {"changes": [2], "subscription": "search"}),
+            ("/api/pauses", {"subscription": "search"}), ("/api/pauses/resume", {"subscription": "search"}),
+            ("/api/limits", {"handler": "x", "rate": "1/s"}), ("/api/limits/clear", {"all": True}),
+            ("/api/backfills/1/pause", {}), ("/api/backfills/1/cancel", {}),
+        ):  # fmt: skip
+            status, said, _ = ask(address, path, {**body, **why})
+            assert status == 200, (path, said)
+        assert ask(address, "/api/changes/replay", {"changes": [2], **why})[0] == 403
+        assert ask(address, "/api/changes/1?payload=true")[0] == 403
+    assert [each.via for each in ActionLog("public").latest(outbox_db, 20)].count("api") == 10
