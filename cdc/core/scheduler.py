@@ -335,8 +335,7 @@ class KeyScheduler:
             if queue.orphan:
                 self._orphan_returned(queue)
             else:
-                name = change.entity_type
-                places[name] = places.get(name, 0) + 1 + change.size // self.place_bytes
+                places[change.entity_type] = places.get(change.entity_type, 0) + 1 + change.size // self.place_bytes
                 self.settling += 1
                 queue.settling += 1
                 if outcome.blocks_key:
@@ -407,11 +406,10 @@ class KeyScheduler:
         self.window.vacate(sum([1 + change.size // self.place_bytes for change, _ in batch]))
         self.ownership.ended(map(_CHANGE, batch))
         for finished in batch:
-            seq = finished.change.seq
-            queue = self._known.pop(seq)
+            queue = self._known.pop(finished.change.seq)
             queue.settling -= 1
             if queue.blocking:
-                queue.blocks_no_more(seq)
+                queue.blocks_no_more(finished.change.seq)
             yield finished, queue
 
     def key_reads(self, limit: int) -> list[KeyRead]:

@@ -90,7 +90,7 @@ MADE = "-- Made by cdc for one table and its trigger's arguments."
 """In the text of each."""
 _PROVED_WAY = """\
   {made} Why the proof is not asked for each row, but for each
-  -- plan, is said in sql/0019_tracked_so.sql. Each transaction sets up anew the whole of each expression that it comes
+  -- plan, is said in sql/0019_tracked_so.sql. Each transaction sets up again the whole of each expression that it comes
   -- to, so each operation has its own.
   DECLARE
     v_old jsonb;
@@ -380,9 +380,9 @@ def _metadata(table: SourceTable, tracked: Tracked) -> sql.Composed:
     if "room_id" in values:
         of_room = values.pop("room_id")
         values["chat_id"] = _CHAT_OR_ROOM if "chat_id" in values else of_room
-    told = sql.SQL(", ").join(sql.SQL(f"'{name}', {value}") for name, value in values.items())
+    named = sql.SQL(", ").join(sql.SQL(f"'{name}', {value}") for name, value in values.items())
     return sql.SQL("pg_catalog.jsonb_build_object('timestamp', CURRENT_TIMESTAMP{}{})").format(
-        sql.SQL(", " if values else ""), told
+        sql.SQL(", " if values else ""), named
     )
 
 
@@ -403,12 +403,12 @@ def _conditions(table: SourceTable, tracked: Tracked) -> Iterator[sql.Composable
     yield sql.SQL("coalesce(pg_catalog.current_setting('cdc.cause', true), '') OPERATOR(pg_catalog.=) ''")
     yield sql.SQL("pg_catalog.pg_partition_root(TG_RELID) IS NULL")
     yield sql.SQL("TG_WHEN OPERATOR(pg_catalog.=) 'AFTER'")
-    told = _in_metadata(table, tracked)
-    untold = _array([each for each in _METADATA if each not in told])
-    yield sql.SQL("(v_new OPERATOR(pg_catalog.?|) {}::pg_catalog.text[]) IS NOT TRUE").format(sql.Literal(untold))
-    if told:
+    named = _in_metadata(table, tracked)
+    others = _array([each for each in _METADATA if each not in named])
+    yield sql.SQL("(v_new OPERATOR(pg_catalog.?|) {}::pg_catalog.text[]) IS NOT TRUE").format(sql.Literal(others))
+    if named:
         yield sql.SQL("(v_new OPERATOR(pg_catalog.?&) {}::pg_catalog.text[]) IS NOT FALSE").format(
-            sql.Literal(_array(told))
+            sql.Literal(_array(named))
         )
 
 
