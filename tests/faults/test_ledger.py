@@ -58,7 +58,7 @@ _DELAYS = (
 )  # fmt: skip
 _BETWEEN = 60
 """Changes processed between two faults: the consumers have got over the one before, or are about to."""
-_NOT_IN_A_LEDGER = {"cdc: retention", "cdc: doctor", "cdc: observer", "cdc: drain", "cdc: subscription"}
+_NOT_IN_A_LEDGER = {"cdc: retention", "cdc: doctor", "cdc: observer", "cdc: drain", "cdc: subscription", "cdc: look"}
 """They have tests of their own, are not a consumer's, or are gone when it begins."""
 
 
