@@ -194,7 +194,7 @@ _CHAT_OR_ROOM = """CASE WHEN v_new OPERATOR(pg_catalog.->) 'chat_id' OPERATOR(pg
             THEN v_new OPERATOR(pg_catalog.->) 'chat_id' ELSE v_new OPERATOR(pg_catalog.->) 'room_id' END"""
 _OF_TABLE = "TG_RELID OPERATOR(pg_catalog.=) {}"
 _NO_CAUSE = "(pg_catalog.current_setting('cdc.cause', true) OPERATOR(pg_catalog.=) '') IS NOT FALSE"
-_PROOF = "{function}({table}, {namespace}, {name}, {own}, {arguments}, {types}, {metadata})"
+_PROOF = "{function}({table}, {namespace}, {name}, {own}, {arguments}, {types}, {metadata}::pg_catalog.text[])"
 _WHOLE = """v_old := CASE pg_catalog.set_config('transaction_read_only', 'on', true)
         WHEN 'on' THEN pg_catalog.to_jsonb(OLD) END;
       v_new := pg_catalog.to_jsonb(NEW);"""
