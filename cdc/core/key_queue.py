@@ -65,6 +65,12 @@ class KeyQueue:
         except ValueError:
             raise AssertionError(f"{change!r} finished but is not running") from None
 
+    def settles(self, seq: int, *, blocks: bool) -> None:
+        """A change has finished, and is to be written."""
+        self.settling += 1
+        if blocks:
+            self.blocking += (seq,)
+
     def blocks_no_more(self, seq: int) -> None:
         """The change is in the table, or will not be written."""
         self.blocking = tuple([one for one in self.blocking if one != seq])

@@ -139,7 +139,11 @@ class KeyScheduler:
         for key in self.held.become(pauses):
             self._unblock(key)
         for queue in [queue for queue in self._queues.values() if queue.queued and pauses.hold(queue.key)]:
+            left = [change for change in queue.queued if not change.requeued]
             self._drop_queue(queue, remember=False)
+            # Its mark, and a read that is under way, may bring later ones first.
+            if left and (queue.key in self.deferred.watermarks or self.reading.under_way):
+                self._defer(queue.key, left[0].seq, left[0].shard, last=left[-1].seq)
 
     def limit(self, over_limit: OverLimit | None) -> None:
         """Other limits are in force than before: what is ready is sorted again."""
@@ -187,9 +191,7 @@ class KeyScheduler:
             self.ownership.started(change)
             queue = self._known[change.seq] = self._queues.setdefault(change.key, KeyQueue(change.key))
             self.settling += 1
-            queue.settling += 1
-            if finished.outcome.blocks_key:
-                queue.blocking += (change.seq,)
+            queue.settles(change.seq, blocks=finished.outcome.blocks_key)
 
     # --- in --------------------------------------------------------------------------------------------------------
 
@@ -337,9 +339,7 @@ class KeyScheduler:
             else:
                 places[change.entity_type] = places.get(change.entity_type, 0) + 1 + change.size // self.place_bytes
                 self.settling += 1
-                queue.settling += 1
-                if outcome.blocks_key:
-                    queue.blocking += (change.seq,)
+                queue.settles(change.seq, blocks=outcome.blocks_key)
                 if isinstance(outcome, Committed):
                     self.settled((finished,))
                 else:

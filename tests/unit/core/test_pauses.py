@@ -100,6 +100,31 @@ def test_what_is_queued_of_a_held_type_leaves_the_window_and_what_runs_stays(sch
     assert scheduler.admit([row(4, "c")]).taken == 1
 
 
+@pytest.mark.parametrize("paused", [Pause(1, entity_type="t", entity_id="a"), Pause(1, entity_type="t")])
+def test_what_leaves_the_window_by_a_pause_is_not_overtaken_by_what_its_key_is_marked_from(paused: Pause) -> None:
+    scheduler = KeyScheduler(100, 1)
+    scheduler.ownership.acquire(Acquired([0], [], [], EPOCH))
+    scheduler.admit([row(1, "a"), row(2, "a")])
+    scheduler.hold(Pauses([paused]))
+    scheduler.hold(Pauses())
+    assert [read.seq for read in scheduler.key_reads(10)] in ([], [1])
+    scheduler.admit([row(2, "a")])
+    assert not scheduler.start().changes
+
+
+def test_what_leaves_the_window_by_a_pause_is_not_overtaken_by_what_a_read_brings_that_was_under_way(
+    scheduler: KeyScheduler,
+) -> None:
+    scheduler.admit([row(1, "a")])
+    with scheduler.reading:
+        scheduler.hold(Pauses([Pause(1, entity_type="t", entity_id="a")]))
+        scheduler.hold(Pauses())
+        scheduler.admit([row(2, "a")])
+    assert not scheduler.start().changes
+    [read] = scheduler.key_reads(10)
+    assert read.seq == 1
+
+
 def test_a_held_key_is_read_on_when_it_is_resumed_and_not_before(scheduler: KeyScheduler) -> None:
     scheduler.hold(Pauses([Pause(1, entity_type="t", entity_id="a")]))
     assert scheduler.admit([row(1, "a"), row(2, "b"), row(3, "a")]).taken == 1
