@@ -21,11 +21,8 @@ from typing import Any, TypeVar
 
 from cdc.core.model import Change, UnreadableDocumentError
 
-
-class Json(bytes):
-    """A document that has not been parsed yet."""
-
-    __slots__ = ()
+Json = bytes
+"""A document that has not been parsed yet; no parsed one is bytes."""
 
 
 _scan = json.JSONDecoder(parse_float=Decimal).raw_decode

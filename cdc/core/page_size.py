@@ -15,7 +15,7 @@ from collections.abc import Collection
 
 from cdc.core.model import SHARDS
 
-ROWS_FIRST, ROWS_MAX = SHARDS, 500
+ROWS_FIRST, ROWS_MAX = SHARDS, 1_000
 BYTES = 4 << 20
 
 

@@ -120,16 +120,17 @@ class ReadyQueues:
         self.queues.setdefault(needs, deque()).appendleft(key)
 
     def started(self, changes: Sequence[Change], needs: Requirements) -> None:
+        user, places = needs[_USER], len(changes)
         for change in changes:
             self._started[change] = needs
-        self._slots.acquire(needs[_USER], len(changes))
+        self._slots.acquire(user, places)
         for pool in needs.pools:
-            self._pools[pool].acquire(needs[_USER], len(changes))
+            self._pools[pool].acquire(user, places)
         if needs.breaker is not None and needs.breaker.tripped:
-            needs.breaker.trial(len(changes))
+            needs.breaker.trial(places)
             self._trials.update(dict.fromkeys(changes, needs.breaker))
         if needs.limit is not None:
-            needs.limit.take(needs.by, len(changes))
+            needs.limit.take(needs.by, places)
 
     def ended(self, changes: Iterable[Change]) -> None:
         """Free the places of these changes. One that ran in the batch of another holds none, and changes nothing."""
@@ -170,13 +171,17 @@ class ReadyQueues:
         self.queues.clear()
 
     def _admits(self, needs: Requirements) -> bool:
-        if not self._slots.admits(needs[_USER]) or (
-            needs.breaker is not None and needs.breaker.tripped and not needs.breaker.room
-        ):
+        user = needs[_USER]
+        if not self._slots.admits(user):
+            return False
+        if needs.breaker is not None and needs.breaker.tripped and not needs.breaker.room:
             return False
         if needs.limit is not None and not needs.limit.room(needs.by):
             return False
-        return not needs.pools or all(self._pools[pool].admits(needs[_USER]) for pool in needs.pools)
+        for pool in needs.pools:  # noqa: SIM110 - a generator would cost more than the rest
+            if not self._pools[pool].admits(user):
+                return False
+        return True
 
     def _room(self, needs: Requirements) -> int:
         room = self._slots.room(needs[_USER])
@@ -187,6 +192,7 @@ class ReadyQueues:
         return min([room, *(self._pools[pool].room(needs[_USER]) for pool in needs.pools)]) if needs.pools else room
 
     def _free(self, needs: Requirements, places: int) -> None:
-        self._slots.release(needs[_USER], places)
+        user = needs[_USER]
+        self._slots.release(user, places)
         for pool in needs.pools:
-            self._pools[pool].release(needs[_USER], places)
+            self._pools[pool].release(user, places)

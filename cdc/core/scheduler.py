@@ -248,10 +248,10 @@ class KeyScheduler:
         if mark and change.seq >= mark.seq:
             mark.last = max(mark.last, change.seq)
             return Admission.REMEMBERED
-        queue = self._queues.get(key)
-        behind = queue is not None and (queue.blocked or queue.orphan)
-        blocked = row.blocked or behind or waiting.get(key, change.seq) < change.seq
-        closed = self.coalesces and not due and queue is not None and self._takes_no_more(queue)
+        blocked, closed = row.blocked or (key in waiting and waiting[key] < change.seq), False
+        if (queue := self._queues.get(key)) is not None:
+            blocked = blocked or queue.blocked or queue.orphan
+            closed = self.coalesces and not due and self._takes_no_more(queue)
         if not (blocked or row.barred or closed) and (queue is None or len(queue.queued) < self.key_capacity):
             room = Admission.TAKE if self.window.admits(change.entity_type) else Admission.REJECT
             if self.held.over is None or queue is not None:

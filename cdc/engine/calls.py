@@ -138,7 +138,8 @@ def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
 def call_in(contexts: Contexts, function: Callable[..., _T], *arguments: Any) -> _T:
     """The same where the contexts are known."""
     try:
-        return contexts.new().run(function, *arguments)
+        context = contexts.template.copy() if contexts.decimals is None else contexts.new()
+        return context.run(function, *arguments)
     except BaseException as error:
         translated = as_exception(error)
         if translated is error:

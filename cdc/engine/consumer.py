@@ -354,6 +354,8 @@ class Consumer:
         for change, outcome in batch:
             if isinstance(outcome, Processed):
                 processed.append(change)
+                if not change.requeued:
+                    continue
             elif isinstance(outcome, Coalesced) and isinstance(outcome.outcome, Processed):
                 processed.append(outcome.change)
             if change.requeued:

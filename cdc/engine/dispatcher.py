@@ -219,6 +219,8 @@ class Dispatcher:
 
     def _run_inline(self, handler: Handler | None, task: asyncio.Task[Any]) -> tuple[int, PendingCall | None]:
         """Call what may return at once. Returns how many calls did, and the call that did not."""
+        if handler is not None and not handler.single:
+            return 0, None
         if self._crash_guard.watched and any(map(self._crash_guard.must_record_start, self._started)):
             return 0, None
         if handler is not None and handler.name in self._permits and self._started:
@@ -253,7 +255,7 @@ class Dispatcher:
             self._run_suspect(handler, change)
         elif self._quarantine.suspects and self._crash_guard.must_record_start(change):
             self._quarantine.held.append((handler, change))
-        elif self._executor.lost.has(change):
+        elif self._executor.lost.suspects and self._executor.lost.has(change):
             self._in_own_task(handler, change, self._execute_lost(handler, change))
         elif handler is not None and handler in self._batching.lingering and not self._batching.runs_alone(change):
             self._batching.join(handler, change)
@@ -339,7 +341,8 @@ class Dispatcher:
         # An error that escapes from here is about what has no outcome.
         self._workers.tasks[task] = Run(handler, left) if left else NOTHING
         # In seq order within a key: they are settled in this order.
-        self._report([_SETTLEMENT((one, outcomes[one])) for one in batch if one in outcomes])
+        in_order = outcomes.items() if len(batch) == 1 else [(one, outcomes[one]) for one in batch if one in outcomes]
+        self._report(list(map(_SETTLEMENT, in_order)))
         if left:
             self._workers.tasks[task] = NOTHING
             self._abandon(left)

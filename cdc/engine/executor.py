@@ -302,6 +302,11 @@ class Executor:
         return outcome
 
     def _count(self, handler: Handler, outcomes: Mapping[Change, Outcome]) -> None:
+        if len(outcomes) == 1:  # most are
+            [(change, outcome)] = outcomes.items()
+            if type(outcome) is not Waiting or outcome.counted:
+                self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
+            return
         alike: dict[tuple[str, str], int] = {}
         for change, outcome in outcomes.items():
             if type(outcome) is not Waiting or outcome.counted:  # the others are counted with their call

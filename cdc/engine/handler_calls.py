@@ -132,32 +132,30 @@ class HandlerCalls:
         causes: bool,
         latest: Latest | None = None,
     ) -> Ran:
-        limit_s = handler.timeout_s or self._timeout_s
-        contexts, session = self.contexts, self._lost.session
-
-        def owned() -> bool:
-            return session == self._lost.session
-
-        def call() -> Ran:
-            if handler.transactional:
-                calls = [partial(call_handler_here, handler, contexts, part) for part in _calls(handler, given)]
-                return self._transactions.run_in_thread(changes, calls, causes=causes, latest=latest, owned=owned)
-            return Ran(call_handler_here(handler, contexts, given))
-
-        def overran() -> None:
-            self._overran(handler)
-            log.error(
-                "handler %s is still running after %g s on change %s of %s; a thread cannot be stopped, so its key"
-                " is held until it returns",
-                handler.name, limit_s, changes[0].id, changes[0].entity_type,
+        call: Callable[[], Any] = partial(call_handler_here, handler, self.contexts, given)
+        if handler.transactional:
+            session = self._lost.session
+            call = partial(
+                self._transactions.run_in_thread, changes,
+                [partial(call_handler_here, handler, self.contexts, part) for part in _calls(handler, given)],
+                causes=causes, latest=latest, owned=lambda: session == self._lost.session,
             )  # fmt: skip
-
-        job = self._jobs[changes[0].seq] = self._threads.submit(call, limit_s, overran)
+        overran = partial(self._goes_on_in_thread, handler, changes)
+        number = changes[0].seq
+        job = self._jobs[number] = self._threads.submit(call, handler.timeout_s or self._timeout_s, overran)
         try:
-            ran: Ran = await job.outcome()
-            return ran
+            ran = await job.outcome()
         finally:
-            del self._jobs[changes[0].seq]
+            del self._jobs[number]
+        return ran if handler.transactional else Ran(ran)
+
+    def _goes_on_in_thread(self, handler: Handler, changes: Sequence[Change]) -> None:
+        self._overran(handler)
+        log.error(
+            "handler %s is still running after %g s on change %s of %s; a thread cannot be stopped, so its key"
+            " is held until it returns",
+            handler.name, handler.timeout_s or self._timeout_s, changes[0].id, changes[0].entity_type,
+        )  # fmt: skip
 
     def _goes_on(self, run: Run) -> None:
         handler, changes = run

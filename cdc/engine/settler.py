@@ -112,6 +112,8 @@ class Settler:
         if to_settle:
             self._queue.add(*to_settle)
             self._due.set()
+            if self._queue.ready >= self._scheduler.worth:
+                self._again.set()
         if len(to_settle) < len(batch) and (
             committed := [(change, outcome) for change, outcome in batch if isinstance(outcome, Committed)]
         ):

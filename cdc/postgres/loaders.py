@@ -12,6 +12,7 @@ from psycopg.abc import AdaptContext
 from psycopg.adapt import Buffer, Loader
 from psycopg.pq import Format
 from psycopg.types.datetime import TimestamptzLoader
+from psycopg.types.string import ByteaBinaryLoader
 
 from cdc.core.fast_change import Json
 from cdc.core.model import Operation
@@ -19,25 +20,18 @@ from cdc.core.model import Operation
 _NO_ENCODING = "SQL_ASCII"
 
 
-class _UnreadJson(Loader):
-    format = Format.BINARY
+class _Operations(dict[Buffer, Operation]):
+    def __missing__(self, data: Buffer) -> Operation:
+        # Without quoting it: it may be anything, of any length.
+        raise psycopg.DataError("its operation is none that this version knows")
 
-    def load(self, data: Buffer) -> Json:
-        return Json(data)
 
-
-_OPERATIONS = {operation.value.encode(): operation for operation in Operation}
+_OPERATIONS = _Operations({operation.value.encode(): operation for operation in Operation})
 
 
 class _KnownOperation(Loader):
     format = Format.BINARY
-
-    def load(self, data: Buffer) -> Operation:
-        try:
-            return _OPERATIONS[bytes(data)]
-        except KeyError:
-            # Without quoting it: it may be anything, of any length.
-            raise psycopg.DataError("its operation is none that this version knows") from None
+    load = _OPERATIONS.__getitem__  # type: ignore[assignment]  # a function of ours would be called for each row
 
 
 def read_changes(connection: psycopg.AsyncConnection[Any]) -> None:
@@ -46,7 +40,7 @@ def read_changes(connection: psycopg.AsyncConnection[Any]) -> None:
     Documents are raw values: most handlers need one of the three that a change may have, and some need none. A read
     that finds an operation it does not know raises DataError.
     """
-    connection.adapters.register_loader("varchar", _UnreadJson)
+    connection.adapters.register_loader("varchar", ByteaBinaryLoader)
     connection.adapters.register_loader("bpchar", _KnownOperation)
 
 
