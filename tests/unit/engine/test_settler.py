@@ -17,6 +17,7 @@ from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import KeyScheduler
 from cdc.core.shard_ownership import Acquired
 from cdc.engine import settler as module
+from cdc.engine.dispatcher import OtherTasks
 from cdc.engine.settler import Settler
 from cdc.observability.metrics import OutboxMetrics
 from cdc.postgres.pages import Settled
@@ -66,7 +67,7 @@ async def test_outcomes_share_a_settle_until_there_are_enough_for_one(monkeypatc
     await table.has(1)
     settler.put(ended[1:2])
     for _ in range(20):
-        await asyncio.sleep(0)
+        await OtherTasks()
     assert len(table.written) == 1
     settler.put(ended[2:])
     await table.has(2)
