@@ -49,12 +49,28 @@ def measure_two(server: TempServer, size: Size) -> list[Figure]:
     return [Figure("one", one, "changes/s"), Figure("two", two, "changes/s"), Figure("two to one", two / one, "")]
 
 
-def rate_shared(server: TempServer, consumers: int, changes: int, keys: int) -> float:
-    """Changes a second by so many consumers with a handler that awaits 20 ms, 50 at a time each."""
+def measure_two_noop(server: TempServer, size: Size) -> list[Figure]:
+    one, two = (
+        rate_shared(server, consumers, size.changes, size.keys, router="noop", concurrency=_CONCURRENCY)
+        for consumers in (1, 2)
+    )
+    return [Figure("one", one, "changes/s"), Figure("two", two, "changes/s"), Figure("two to one", two / one, "")]
+
+
+def rate_shared(
+    server: TempServer,
+    consumers: int,
+    changes: int,
+    keys: int,
+    *,
+    router: str = "awaits_20ms",
+    concurrency: int = _CONCURRENCY_EACH,
+) -> float:
+    """Changes a second by so many consumers, so many at a time each; by default of a handler that awaits 20 ms."""
     with fresh_outbox(server) as connection, ExitStack() as stack:
         rest(connection)
         running = [
-            stack.enter_context(Consumer(connection.info.dsn, "awaits_20ms", concurrency=_CONCURRENCY_EACH))
+            stack.enter_context(Consumer(connection.info.dsn, router, concurrency=concurrency))
             for _ in range(consumers)
         ]
         running[0].until(lambda: shared_by(connection, consumers), within_s=_WITHIN_S)

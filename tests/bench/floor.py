@@ -21,7 +21,7 @@ from tests.bench.handlers import EFFECTS, INSERT_EFFECT
 from tests.bench.report import Figure
 from tests.bench.size import Size
 
-_BATCH = 500
+BATCH = 500
 _GROUP = 50
 
 _FETCH = """
@@ -59,8 +59,8 @@ def _rate(server: TempServer, changes: int, keys: int, work: Callable[[psycopg.C
         rest(connection)
         wanted = connection.execute("SELECT seq, shard FROM entity_changes ORDER BY seq").fetchall()
         began = time.perf_counter()
-        for first in range(0, len(wanted), _BATCH):
-            work(connection, wanted[first : first + _BATCH])
+        for first in range(0, len(wanted), BATCH):
+            work(connection, wanted[first : first + BATCH])
         seconds = time.perf_counter() - began
         assert drained(connection)
     return changes / seconds
@@ -68,25 +68,27 @@ def _rate(server: TempServer, changes: int, keys: int, work: Callable[[psycopg.C
 
 def _fetch_and_mark(connection: psycopg.Connection, batch: Batch) -> None:
     with connection.cursor(binary=True) as cursor:
-        _mark(cursor, _fetch(cursor, batch))
+        mark(cursor, fetch(cursor, batch))
 
 
 def _fetch_insert_and_mark(connection: psycopg.Connection, batch: Batch) -> None:
     with connection.cursor(binary=True) as cursor:
-        found = _fetch(cursor, batch)
+        found = fetch(cursor, batch)
         for first in range(0, len(found), _GROUP):
             group = found[first : first + _GROUP]
             with connection.transaction():
                 for row in group:
                     cursor.execute(INSERT_EFFECT, [row[0], row[4]])
-                _mark(cursor, group)
+                mark(cursor, group)
 
 
-def _fetch(cursor: psycopg.Cursor, batch: Batch) -> list[Any]:
+def fetch(cursor: psycopg.Cursor, batch: Batch) -> list[Any]:
+    """Their rows, in order."""
     cursor.execute(_FETCH, {"seqs": [seq for seq, _ in batch], "shards": [shard for _, shard in batch]})
     return cursor.fetchall()
 
 
-def _mark(cursor: psycopg.Cursor, rows: Sequence[Any]) -> None:
+def mark(cursor: psycopg.Cursor, rows: Sequence[Any]) -> None:
+    """Those that ``fetch`` has found."""
     cursor.execute(_MARK, {"seqs": [row[0] for row in rows], "shards": [row[1] for row in rows]})
     assert cursor.rowcount == len(rows)
