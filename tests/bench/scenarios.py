@@ -75,7 +75,6 @@ SCENARIOS = {
     "subscriptions": Scenario(
         "no-op changes in the default subscription, in another one, and in three of one process",
         subscriptions.measure,
-        Turn.NAMED,
     ),
     "subscriptions-idle": Scenario(
         "200 subscriptions, 20 of them with a consumer in one process, and nothing to do",

@@ -9,7 +9,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from cdc.postgres.admin import Filter
 from cdc.postgres.subscription import SubscriptionStore, coalesced_statements, statements
+from cdc.postgres.subscription_admin import SubscriptionAdmin
 from cdc.postgres.subscriptions import Subscriptions
 
 pytestmark = pytest.mark.server
@@ -84,3 +86,26 @@ def test_what_settles_probes_for_each_change(queue: psycopg.Connection) -> None:
             assert dear not in plan, f"{name}: {plan}"
         for scan in re.findall(r"cdc_subscription_changes_pkey on .*\n\s+(.*)", plan):
             assert "(seq = " in scan, f"{name}: {plan}"
+
+
+def test_what_an_operator_sees_is_not_looked_for_among_all_that_is_done(queue: psycopg.Connection) -> None:
+    """What holds back a key is probed for once for each change that is looked at."""
+    queue.execute(
+        "INSERT INTO entity_changes (table_name, operation, entity_id, shard)"
+        " SELECT 'x', 'INSERT', n::text, (n % 64)::smallint FROM generate_series(1, 640) AS n"
+    )
+    [search] = Subscriptions("public").all(queue)
+    queue.execute(
+        "INSERT INTO cdc_subscription_changes (seq, subscription, shard)"
+        " SELECT seq, %s, shard FROM entity_changes WHERE processed",
+        [search.number],
+    )
+    admin = SubscriptionAdmin("public", search)
+    for read in (admin.stats, lambda db: admin.find(db, "blocked", Filter(), 10)):
+        with queue.transaction():
+            read(queue)
+            [(rows,)] = queue.execute(
+                "SELECT seq_tup_read + coalesce(idx_tup_fetch, 0) FROM pg_stat_xact_user_tables"
+                " WHERE relname = 'cdc_subscription_changes'"
+            )
+        assert rows <= 20_640, f"{rows} rows, where 20,640 changes are looked at"
