@@ -97,7 +97,8 @@ SELECT count(*)::int FROM (
   UNION ALL
   SELECT FROM (
     SELECT entity_id, shard FROM {changes}
-    WHERE NOT processed AND next_attempt_at <= 'infinity' AND dead_at IS NULL ORDER BY next_attempt_at LIMIT {bound}
+    WHERE NOT processed AND next_attempt_at <= 'infinity' AND dead_at IS NULL
+    ORDER BY dead_at, next_attempt_at LIMIT {bound}
   ) AS waiting
   WHERE pg_catalog.hashtext(waiting.entity_id) & ({shards} - 1) <> waiting.shard
   LIMIT {bound}

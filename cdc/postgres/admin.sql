@@ -27,7 +27,7 @@ WITH standing AS MATERIALIZED ({standing}), fresh AS MATERIALIZED (
 ), waiting AS MATERIALIZED (
   SELECT left(coalesce(entity_type, table_name), 200) AS type, next_attempt_at FROM {changes}
   WHERE NOT processed AND next_attempt_at <= 'infinity' AND dead_at IS NULL
-  ORDER BY next_attempt_at LIMIT %(bound)s
+  ORDER BY dead_at, next_attempt_at LIMIT %(bound)s  -- find_waiting says why by dead_at
 ), dead AS MATERIALIZED (
   SELECT left(coalesce(entity_type, table_name), 200) AS type FROM {changes}
   WHERE NOT processed AND dead_at IS NOT NULL
@@ -96,11 +96,12 @@ SELECT EXISTS (SELECT FROM looked GROUP BY shard HAVING count(*) >= %(per_shard)
        ) AS ids
 
 -- name: find_waiting
--- The next due first.
+-- The next due first. By dead_at too, which is NULL for all of them: else the server does not see that this is the order of
+-- the index, and reads and sorts all that waits.
 WITH looked AS MATERIALIZED (
   SELECT id, seq, entity_type, table_name, entity_id, changed_at, next_attempt_at FROM {changes}
   WHERE NOT processed AND next_attempt_at <= 'infinity' AND dead_at IS NULL
-  ORDER BY next_attempt_at LIMIT %(scan)s
+  ORDER BY dead_at, next_attempt_at LIMIT %(scan)s
 )
 SELECT (SELECT count(*) >= %(scan)s FROM looked) AS cut,
        ARRAY(

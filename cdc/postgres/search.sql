@@ -18,13 +18,14 @@ UNION ALL
  ORDER BY c.at, c.seq LIMIT 1)
 
 -- name: page_of_waiting
--- The next due first.
+-- The next due first. By dead_at too, which is NULL for all of them: else the server does not see that this is the order of
+-- the index, and reads and sorts all that waits.
 WITH looked AS MATERIALIZED (
   SELECT n.id, n.seq, n.next_attempt_at AS at, {row} FROM {changes} AS n
   WHERE NOT n.processed AND n.next_attempt_at <= 'infinity' AND n.dead_at IS NULL
     AND n.next_attempt_at >= coalesce(%(at)s::timestamptz, '-infinity')
     AND (n.next_attempt_at > coalesce(%(at)s::timestamptz, '-infinity') OR n.seq > coalesce(%(seq)s::bigint, 0))
-  ORDER BY n.next_attempt_at, n.seq LIMIT %(scan)s
+  ORDER BY n.dead_at, n.next_attempt_at, n.seq LIMIT %(scan)s
 )
 (SELECT c.id, c.at, c.seq FROM looked AS c WHERE {matches} ORDER BY c.at, c.seq LIMIT %(limit)s)
 UNION ALL

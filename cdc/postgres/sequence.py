@@ -36,7 +36,7 @@ SELECT greatest(
      AND shard = s.shard::smallint ORDER BY seq DESC LIMIT 1) AS last),
   (SELECT pg_catalog.max(seq) FROM (SELECT seq FROM {changes}
      WHERE NOT processed AND next_attempt_at <= 'infinity' AND dead_at IS NULL
-     ORDER BY next_attempt_at DESC LIMIT {rows}) AS waiting),
+     ORDER BY dead_at DESC, next_attempt_at DESC LIMIT {rows}) AS waiting),
   (SELECT pg_catalog.max(seq) FROM (SELECT seq FROM {changes} WHERE NOT processed AND dead_at IS NOT NULL
      ORDER BY dead_at DESC LIMIT {rows}) AS dead),
   (SELECT pg_catalog.max(seq) FROM (SELECT seq FROM {changes} WHERE processed AND processed_at IS NOT NULL
