@@ -67,6 +67,8 @@ class ReadyQueues:
         self.queues: OrderedDict[Requirements, deque[Key]] = OrderedDict()
         """In the order in which they were served, the latest last; none of them is empty. Others only read it."""
         self._started: dict[Change, Requirements] = {}
+        self.alone: dict[Change, tuple[str, str]] = {}
+        """Started changes that wait outside of the queues for a limit: of which handler, and which key of the limit."""
         self._trials: dict[Change, CircuitBreaker] = {}
         """The calls that a breaker which is not closed let through."""
 
@@ -159,8 +161,10 @@ class ReadyQueues:
             needs.limit.begins(needs.by, change)
 
     def over_limit(self) -> dict[tuple[str, str], int]:
-        """How many keys are ready that a limit is about, by handler and key of the limit."""
+        """How many changes could start but for a limit, by handler and key of the limit."""
         counts: dict[tuple[str, str], int] = {}
+        for named in self.alone.values():
+            counts[named] = counts.get(named, 0) + 1
         for needs, queue in self.queues.items():
             if needs.limit is not None:
                 named = needs.limit.name, needs.by

@@ -370,14 +370,29 @@ class Dispatcher:
 
     async def _within_limit(self, handler: Handler | None, change: Change) -> None:
         """Wait until the handler's limit has room for a call outside of the workers, which counts at once."""
-        while handler is not None and (permits := self._permits.get(handler.name)) and not self._stopping.is_set():
-            by = permits.key(change)
-            if permits.room(by):
-                permits.take(by, 1)
-                permits.begins(by, change)
-                permits.ended(by, change)
-                return
-            await wait_within(self._stopping, _ASK_AGAIN_S)
+        alone = self._scheduler.ready_queues.alone
+        try:
+            while handler is not None and (permits := self._permits.get(handler.name)) and not self._stopping.is_set():
+                by = permits.key(change)
+                if permits.room(by) or self._gave_way(permits, by):
+                    permits.take(by, 1)
+                    permits.begins(by, change)
+                    permits.ended(by, change)
+                    return
+                alone[change] = handler.name, by
+                await wait_within(self._stopping, _ASK_AGAIN_S)
+        finally:
+            alone.pop(change, None)
+
+    def _gave_way(self, permits: HandlerPermits, by: str) -> bool:
+        """Give up a change that is held and has taken a permit, as it waits for the suspect that needs one."""
+        for waiting in self._quarantine.held:
+            handler, change = waiting
+            if handler is not None and handler.name == permits.name and permits.key(change) == by:
+                self._quarantine.held.remove(waiting)
+                self._abandon([change])
+                return permits.room(by) > 0
+        return False
 
     async def _execute_lost(self, handler: Handler | None, change: Change) -> None:
         await wait_within(self._stopping, self._executor.lost.pause_s(change))

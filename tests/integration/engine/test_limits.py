@@ -9,12 +9,14 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
 
 import cdc
 from cdc.core.handler_permits import PUT_OFF_MAX
+from cdc.engine import crash_guard
 from cdc.postgres.limits import Leases
 from tests.commands import answer, done, invoke
 from tests.eventually import eventually, eventually_async
@@ -147,6 +149,28 @@ async def test_no_more_calls_run_at_once_than_may_and_all_are_made_in_order(
         await eventually_async(_is(lambda: settled(outbox_db)), what="all are handled", within_s=30)
     assert most == 2
     assert all(seqs == sorted(seqs) and len(seqs) == 3 for seqs in order.values())
+
+
+@pytest.mark.parametrize("limit", [cdc.Limit(rate="5/s"), cdc.Limit(at_once=2)], ids=str)
+async def test_what_is_called_alone_after_a_crash_does_not_wait_for_what_waits_for_it(
+    limit: cdc.Limit, outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until those that may have crashed it are done, the others of their shards are held, and have taken their calls."""
+    monkeypatch.setattr(crash_guard, "GRACE_S", 0.0)
+    attempts = dict[int, int]()
+    router = cdc.Router()
+
+    @router.on("mail", limit=limit)
+    async def send(change: cdc.Change) -> None:
+        attempts[change.seq] = change.attempt
+
+    _publish(outbox_db, "mail", 30)
+    dead = uuid4()
+    outbox_db.execute("INSERT INTO cdc_shards (shard, owner) SELECT n, %s FROM generate_series(0, 63) AS n", [dead])
+    outbox_db.execute("UPDATE entity_changes SET started_by = %s WHERE seq %% 10 = 0", [dead])
+    async with consuming(outbox, router, **_SMALL):
+        await eventually_async(_is(lambda: settled(outbox_db)), what="every change is handled")
+    assert attempts == {seq: 2 if seq % 10 == 0 else 1 for seq in range(1, 31)}
 
 
 async def test_an_operator_sets_a_limit_while_it_runs_and_clears_it_again(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cdc
 from cdc import testing
 from cdc.core.handler_limits import HandlerLimits
 from cdc.core.model import Change, Key
@@ -139,6 +140,22 @@ def test_of_several_that_end_together_each_gives_back_its_own() -> None:
     assert len(_start_all(ready_queues)) == 2
     ready_queues.ended(changes)  # they hold nothing any more
     assert ready_queues.ready == 0
+
+
+def test_what_waits_alone_for_a_limit_is_asked_for_with_what_is_ready() -> None:
+    """With nothing asked for, its consumer would be given no call of it."""
+    router = Router()
+    router.on("t", name="send", limit=cdc.Limit(rate="5/s"))(_handle)
+    demand = HandlerLimits(router, concurrency=10, threads=1, transactions=1)
+    ready_queues = demand.ready_queues
+    first, second = change(1, "a"), change(2, "b")
+    ready_queues.alone[first] = "send", ""
+    assert ready_queues.over_limit() == {("send", ""): 1}
+    ready_queues.put(second.key, demand.needs(second))
+    assert ready_queues.over_limit() == {("send", ""): 2}
+
+
+async def _handle(change: Change) -> None: ...
 
 
 def test_the_keys_of_one_handler_are_offered_whatever_their_type_and_the_rest_stays_in_its_place() -> None:
