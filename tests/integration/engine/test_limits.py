@@ -155,7 +155,7 @@ async def test_no_more_calls_run_at_once_than_may_and_all_are_made_in_order(
 async def test_what_is_called_alone_after_a_crash_does_not_wait_for_what_waits_for_it(
     limit: cdc.Limit, outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until those that may have crashed it are done, the others of their shards are held, and have taken their calls."""
+    """Until those that may have crashed it are done, others of their shards are held, and have taken their calls."""
     monkeypatch.setattr(crash_guard, "GRACE_S", 0.0)
     attempts = dict[int, int]()
     router = cdc.Router()
