@@ -155,9 +155,6 @@ def test_what_waits_alone_for_a_limit_is_asked_for_with_what_is_ready() -> None:
     assert ready_queues.over_limit() == {("send", ""): 2}
 
 
-async def _handle(change: Change) -> None: ...
-
-
 def test_the_keys_of_one_handler_are_offered_whatever_their_type_and_the_rest_stays_in_its_place() -> None:
     ready_queues = ReadyQueues(pools={"threads": 1})
     _put(ready_queues, _A, 3)
