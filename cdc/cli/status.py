@@ -79,8 +79,9 @@ def _lines(seen: Status, settings: Settings, health: SlotHealth | None) -> Itera
         each = ", ".join(f"process {_where(member)}" for member in seen.observers)
         yield "observers", f"{len(seen.observers)}, which run and mark nothing: {each}"
     for control in (seen.paused or ())[:_PAUSES_MAX]:
-        since, why = format_duration(control.pause.age_s), control.pause.because
-        yield "paused", paint(f"{control.pause}, for {since} now, by {control.pause.set_by}: {why}", "yellow")
+        since, ends_in_s, why = format_duration(control.pause.age_s), control.pause.ends_in_s, control.pause.because
+        ends = "" if ends_in_s is None else f", {format_duration(ends_in_s)} left"
+        yield "paused", paint(f"{control.pause}, for {since} now{ends}, by {control.pause.set_by}: {why}", "yellow")
     if (more := len(seen.paused or ()) - _PAUSES_MAX) > 0:
         yield "", f"and {more} more: cdc controls"
     yield "pace", _pace(seen)

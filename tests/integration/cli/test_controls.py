@@ -55,6 +55,7 @@ def test_a_pause_of_the_same_replaces_the_one_before(outbox: str) -> None:
     [one] = _listed(outbox)
     assert one["because"] == "second"
     assert 1_700 < one["ends_in_s"] <= 1_800
+    assert " now, 30 min left, by " in done(outbox, "status")
 
 
 def test_one_that_is_over_is_gone(outbox: str, outbox_db: psycopg.Connection) -> None:
