@@ -43,13 +43,18 @@ def measure(server: TempServer, size: Size) -> list[Figure]:
     [default] = _rates(server, size, [DEFAULT])
     [second] = _rates(server, size, ["s1"])
     together = _rates(server, size, [DEFAULT, "s1", "s2"])
-    assert len(together) == _TOGETHER
+    alone = [default, second, second]
     return [
         Figure("default", default, "changes/s"),
         Figure("another", second, "changes/s"),
         Figure("another to default", second / default, ""),
         Figure("three in one process, the slowest", min(together), "changes/s"),
         Figure("the slowest of three to a third", min(together) / (default / _TOGETHER), ""),
+        Figure(
+            "the least of three to a third of itself alone",
+            min(rate / (own / _TOGETHER) for rate, own in zip(together, alone, strict=True)),
+            "",
+        ),
     ]
 
 
