@@ -16,6 +16,7 @@ from testcontainers.core.container import DockerContainer
 
 from cdc.core.model import SHARDS
 from tests import compose
+from tests.container.brokers import ContainedNats, ContainedRedis
 from tests.container.containers import LOCKED_DOWN, Consumer, Database, container, create_consumer_role, run
 from tests.container.images import CONSUMER, DATABASE
 from tests.eventually import eventually
@@ -245,6 +246,20 @@ def test_the_services_of_compose_work_together(shop: Shop) -> None:
 
 
 def test_the_services_of_each_broker_work_together(broker: BrokerServer, shop: Shop) -> None:
+    _work_together(broker, shop)
+
+
+@pytest.mark.parametrize("kind", [ContainedNats, ContainedRedis])
+def test_they_do_so_with_a_broker_in_a_container(kind: type[BrokerServer], shop: Shop, tmp_path: Path) -> None:
+    broker = kind(tmp_path)
+    broker.start()
+    try:
+        _work_together(broker, shop)
+    finally:
+        broker.end()
+
+
+def _work_together(broker: BrokerServer, shop: Shop) -> None:
     """From the application's write to the service on the other side, without a consumer of the default subscription."""
     asyncio.run(compose.add_user(broker))
     name = compose.BROKERS[broker.scheme]
