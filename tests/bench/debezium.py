@@ -130,6 +130,7 @@ class Debezium:
         self._folder.mkdir()
         self._port = free_port()
         self._database = ""
+        self._process: subprocess.Popen[bytes] | None = None
 
     def install(self, connection: psycopg.Connection) -> None:
         self._database = str(conninfo_to_dict(connection.info.dsn)["dbname"])
@@ -142,7 +143,7 @@ class Debezium:
             self._written("worker", self._worker()), self._written("connector", self._connector()),
         ]  # fmt: skip
         with (self._folder / "log").open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder)
+            process = self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder)
         try:
             yield process.pid
         finally:
@@ -186,13 +187,16 @@ class Debezium:
         }  # fmt: skip
 
     def state(self) -> str:
-        """Of its task, as Connect says it."""
+        """Of its task, as Connect says it; else whether Connect has ended, and what it logged last: its folder goes."""
         try:
             url = f"http://127.0.0.1:{self._port}/connectors/bench/status"
             with urllib.request.urlopen(url, timeout=5) as answer:
                 return ", ".join(task["state"] for task in json.load(answer)["tasks"]) or "no task"
-        except OSError:
-            return "ended"
+        except OSError as error:
+            code = None if self._process is None else self._process.poll()
+            what = f"without an answer ({error})" if code is None else f"ended with {code}"
+            log = self._folder / "log"
+            return f"{what}; its log's end:\n{log.read_text(errors='replace')[-4_000:] if log.exists() else ''}"
 
 
 class Run:
