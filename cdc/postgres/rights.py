@@ -26,6 +26,7 @@ WITH named AS (
          has_any_column_privilege(backfills, 'UPDATE') AS moves,
          has_table_privilege(subscriptions, 'SELECT') AND has_table_privilege(progress, 'SELECT') AS subscriptions,
          has_table_privilege(progress, 'UPDATE') AS decides_there,
+         (SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_catalog.pg_class AS c WHERE c.oid = changes) AS owns,
          has_table_privilege(actions, 'SELECT') AS log, has_any_column_privilege(actions, 'INSERT') AS acts
   FROM named
 )
@@ -35,7 +36,7 @@ SELECT %(server)s::text AS server, current_user::text AS role, current_database(
        coalesce(subscriptions, false) AS sees_subscriptions, coalesce(log, false) AS sees_actions,
        coalesce(acts AND marks, false) AS decides, coalesce(acts AND writes, false) AS replays,
        coalesce(acts AND pauses AND controls, false) AS pauses, coalesce(acts AND moves, false) AS moves_backfills,
-       coalesce(acts AND decides_there, false) AS decides_there
+       coalesce(acts AND decides_there, false) AS decides_there, coalesce(acts AND owns, false) AS drops_subscriptions
 FROM held
 """
 
@@ -44,7 +45,8 @@ FROM held
 class RoleRights:
     """``server``: what was connected to. ``decides``: retries and discards; ``decides_there``: those of subscriptions.
 
-    Whoever acts may also record it.
+    Whoever acts may also record it. ``drops_subscriptions``: with the last one go indexes, which are the
+    owner's.
     """
 
     server: str
@@ -61,6 +63,7 @@ class RoleRights:
     pauses: bool
     moves_backfills: bool
     decides_there: bool
+    drops_subscriptions: bool
 
 
 def rights(connection: psycopg.Connection, schema: str) -> RoleRights:

@@ -30,7 +30,7 @@ import psycopg
 from psycopg import errors, sql
 from psycopg.rows import dict_row
 
-from cdc.core.errors import CdcError, RefusedError, SchemaError, UsageError
+from cdc.core.errors import CdcError, NotFoundError, RefusedError, SchemaError, UsageError
 from cdc.core.model import SHARDS
 from cdc.core.subscription import Start, check_name, missing
 from cdc.postgres.actions import ActionLog, Actor
@@ -192,10 +192,18 @@ class Subscriptions:
             wake(connection)
             return self.named(connection, name), True
 
-    def drop(self, connection: psycopg.Connection, name: str) -> Subscription:
-        """For good; what was kept for it alone is free for retention. Returns what it was. Raises NotFoundError."""
+    def drop(self, connection: psycopg.Connection, name: str, *, number: int | None = None) -> Subscription:
+        """For good; what was kept for it alone is free for retention. Returns what it was.
+
+        ``number``: of the one that is meant: another one of its name is not dropped. Raises NotFoundError.
+        """
         with self._explained(), self._alone(connection):
             found = self.named(connection, name)
+            if number not in (None, found.number):
+                raise NotFoundError(
+                    f"the subscription {name} that was meant is dropped, and another one has its name",
+                    hint="look at what that one is for before it is dropped as well",
+                )
             with bounded(connection):
                 connection.execute(self._statements["drop"], {"name": name})
                 self._log.record(connection, "subscription drop", {"subscription": name})

@@ -246,6 +246,13 @@ def _controlling(api: FastAPI) -> None:
         """End it for good. What it has written is handled."""
         return {"backfill": backfill_document(operations.move_backfill(number, "cancelled", who(given.because)))}
 
+    @api.post("/subscriptions/{name}/drop")
+    def drop_subscription(
+        operations: Opened, who: Who, name: Annotated[str, Path(max_length=63)], given: models.DropGiven
+    ) -> dict[str, Any]:
+        """Drop it for good, with its progress and its dead letters. No change is lost to others."""
+        return {"subscription": asdict(operations.drop_subscription(name, given.number, who(given.because)))}
+
 
 def _parsed(payload: Mapping[str, Any]) -> dict[str, Any]:
     """As Python reads it; as its text where Python cannot."""

@@ -125,6 +125,26 @@ def clear_limit(operations: Operations, fields: Fields, request: Request) -> Pag
     return "/limits"
 
 
+# --- subscriptions -------------------------------------------------------------------------------------------------
+
+
+def confirm_drop(operations: Operations, fields: Fields, _request: Request) -> Page:
+    return "confirm_drop.html", {"each": operations.subscription(_subscription(fields))}
+
+
+def drop(operations: Operations, fields: Fields, request: Request) -> str:
+    """The one that was confirmed: its number is not given to another one."""
+    actor, number = forms.actor_of(fields, request.state.person), forms.number_of(fields, "number", 2**15 - 1)
+    operations.drop_subscription(_subscription(fields), number, actor)
+    return "/subscriptions"
+
+
+def _subscription(fields: Fields) -> str:
+    if (name := one(fields, "subscription")) is None:
+        raise UsageError("no subscription was chosen")
+    return name
+
+
 def _found_limit(found: list[SetLimit], number: int) -> SetLimit:
     for each in found:
         if each.setting.id == number:

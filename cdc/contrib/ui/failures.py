@@ -14,6 +14,8 @@ log = logging.getLogger("cdc.contrib.ui")
 _STATUSES: tuple[tuple[type[CdcError], int], ...] = (
     (UsageError, 400), (NotFoundError, 404), (RefusedError, 409), (ConnectError, 503), (SchemaError, 403),
 )  # fmt: skip
+_DENIED = "42501"
+"""The SQLSTATE of a right that the role has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,8 @@ class RequestFailure:
 
 def described(error: Exception) -> RequestFailure:
     if isinstance(error, CdcError):
+        if getattr(error.__context__, "sqlstate", None) == _DENIED:  # said in the words of what was asked
+            return RequestFailure(403, str(error), error.hint)
         return RequestFailure(_status(error), str(error), error.hint)
     state: str | None = getattr(error, "sqlstate", None)
     explained = explain(error)
@@ -38,7 +42,7 @@ def described(error: Exception) -> RequestFailure:
 
 
 def _of_state(explained: CdcError, state: str | None) -> int:
-    if state == "42501":
+    if state == _DENIED:
         return 403
     return 400 if state is not None and about(state) is About.ROW else _status(explained, 503)
 

@@ -183,6 +183,12 @@ class BecauseGiven(_Given):
     because: Because
 
 
+class DropGiven(BecauseGiven):
+    number: int | None = Field(
+        None, ge=1, le=2**15 - 1, description="Of the one that is meant: another one of its name is not dropped."
+    )
+
+
 class ChangeShape(BaseModel):
     seq: int
     id: UUID

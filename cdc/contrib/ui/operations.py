@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
-from cdc.core.errors import ConnectError, RefusedError, UsageError
+from cdc.core.errors import ConnectError, NotFoundError, RefusedError, UsageError
 from cdc.core.limits import LimitSetting
 from cdc.core.model import ChangeState, Operation
 from cdc.core.pauses import Pause, Pauses
@@ -35,7 +35,7 @@ from cdc.postgres.loaders import read_anything
 from cdc.postgres.rights import RoleRights, rights
 from cdc.postgres.search import Search, SearchPage, SearchPlace
 from cdc.postgres.subscription_admin import SubscriptionAdmin
-from cdc.postgres.subscriptions import SubscriptionProgress, Subscriptions
+from cdc.postgres.subscriptions import Subscription, SubscriptionProgress, Subscriptions
 from cdc.replication import slots
 from cdc.replication.slot_health import SlotReport
 
@@ -358,6 +358,18 @@ class Operations:
         found = backfills.named(self._connection, str(number))
         backfills.set_state(self._connection, found, to, ["running"] if to == "paused" else UNFINISHED)
         return backfills.named(self._connection, str(number))
+
+    def subscription(self, name: str) -> SubscriptionProgress:
+        """Raises NotFoundError."""
+        number = Subscriptions(self._schema).named(self._connection, name).number
+        found = Subscriptions(self._schema).figures(self._connection, number, _PER_SHARD)
+        if not found:
+            raise NotFoundError(f"there is no subscription {name}", hint="somebody has dropped it")
+        return found[0]
+
+    def drop_subscription(self, name: str, number: int | None, actor: Actor) -> Subscription:
+        """For good. ``number``: of the one that is meant, or None. Raises NotFoundError."""
+        return Subscriptions(self._schema, actor).drop(self._connection, name, number=number)
 
     def _refuse_unknown(self, subscription: str | None) -> None:
         if subscription not in (None, DEFAULT):

@@ -66,6 +66,7 @@ class Pages:
             "/limits/confirm": control_pages.confirm_limit, "/limits/set": control_pages.set_limit,
             "/limits/end": control_pages.clear_limit, "/backfills/confirm": _confirm_backfill,
             "/backfills/move": _move_backfill, "/doctor": _doctor,
+            "/subscriptions/confirm": control_pages.confirm_drop, "/subscriptions/drop": control_pages.drop,
         }  # fmt: skip
         return [
             Route("/style.css", styled),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import psycopg
 import pytest
@@ -15,6 +16,7 @@ from cdc.core.router import Router
 from cdc.postgres import grants
 from cdc.postgres.actions import ActionLog
 from cdc.postgres.controls import Controls
+from cdc.postgres.grants import Grantee
 from cdc.postgres.limit_admin import LimitAdmin
 from tests.commands_subscription import create
 from tests.fix_ui import ask, because, failed, granted, serving
@@ -228,6 +230,51 @@ def test_a_subscription_is_paused_and_resumed_where_its_progress_is(
     page.get_by_role("button", name="Resume everything in the subscription search").click()
     because(page, "it is there", "Resume")
     assert outbox_db.execute("SELECT count(*) FROM cdc_controls").fetchone() == (0,)
+
+
+def test_a_subscription_is_dropped_once_with_what_is_left_of_it_and_recorded(
+    interface: str, outbox: str, page: Page, outbox_db: psycopg.Connection
+) -> None:
+    failed(outbox_db, 3)
+    create(outbox, "search", "--from", "beginning")
+    create(outbox, "billing")
+    for tab in (page, other := page.context.new_page()):
+        tab.goto(f"{interface}/subscriptions")
+        tab.get_by_role("button", name="Drop search").click()
+        expect(tab.get_by_text("3 not handled, 0 waiting, 0 dead")).to_be_visible()
+    because(page, "nobody searches", "Drop it")
+    expect(page.get_by_role("row", name="billing")).to_be_visible()
+    assert page.get_by_role("row", name="search").count() == 0
+    because(other, "the same", "Drop it")
+    expect(other.get_by_text("search")).to_be_visible()
+    assert outbox_db.execute("SELECT name FROM cdc_subscriptions").fetchall() == [("billing",)]
+    assert ("subscription drop", 1, "nobody searches") in _recorded(outbox_db)
+    assert "the same" not in [why for _, _, why in _recorded(outbox_db)]
+
+
+def test_a_subscription_created_again_is_not_dropped_for_the_one_before(
+    interface: str, outbox: str, page: Page, outbox_db: psycopg.Connection
+) -> None:
+    create(outbox, "search")
+    page.goto(f"{interface}/subscriptions")
+    page.get_by_role("button", name="Drop search").click()
+    assert ask(interface, "/api/subscriptions/search/drop", {"because": "moved"})[0] == 200
+    create(outbox, "search")
+    because(page, "nobody searches", "Drop it")
+    expect(page.get_by_text("another one has its name")).to_be_visible()
+    assert outbox_db.execute("SELECT name FROM cdc_subscriptions").fetchall() == [("search",)]
+
+
+@pytest.mark.parametrize("kind", [grants.operator, grants.reader])
+def test_who_does_not_own_the_outbox_is_not_offered_to_drop_a_subscription_and_cannot(
+    outbox: str, outbox_db: psycopg.Connection, page: Page, kind: Callable[[str], Grantee]
+) -> None:
+    create(outbox, "search")
+    with granted(outbox, outbox_db, kind) as dsn, serving(dsn) as address:
+        page.goto(f"{address}/subscriptions")
+        assert page.get_by_role("button", name="Drop").count() == 0
+        assert ask(address, "/api/subscriptions/search/drop", {"because": "x"})[0] == 403
+    assert outbox_db.execute("SELECT name FROM cdc_subscriptions").fetchall() == [("search",)]
 
 
 def test_a_role_that_is_granted_operator_may_do_all_of_it_and_replay_nothing(
