@@ -255,7 +255,7 @@ class Dispatcher:
             self._run_suspect(handler, change)
         elif self._quarantine.suspects and self._crash_guard.must_record_start(change):
             self._quarantine.held.append((handler, change))
-        elif self._executor.lost.suspects and self._executor.lost.has(change):
+        elif self._executor.lost.has(change):
             self._in_own_task(handler, change, self._execute_lost(handler, change))
         elif handler is not None and handler in self._batching.lingering and not self._batching.runs_alone(change):
             self._batching.join(handler, change)
