@@ -98,6 +98,20 @@ async def test_there_is_one_worker_for_each_change_however_often_they_are_handed
     await _until(lambda: len(dispatcher) == 0)
 
 
+@pytest.mark.parametrize("blocked", [False, True])
+async def test_what_lost_its_transaction_or_met_an_obstacle_waits_before_it_runs_again_and_others_do_not(
+    blocked: bool,
+) -> None:
+    scheduler, executor = SettlingScheduler(100), _Waiting()
+    scheduler.ownership.acquire(Acquired([0]))
+    dispatcher = _dispatcher(scheduler, executor, 10)
+    rows = [row(1, "a"), row(2, "b")]
+    executor.lost.transaction_lost([rows[0].change], blocked=blocked)
+    scheduler.admit(rows)
+    dispatcher.dispatch()
+    await _until(lambda: executor.started == [2, 1])
+
+
 async def test_a_worker_that_is_cut_off_before_it_began_makes_room_for_another() -> None:
     scheduler, executor = SettlingScheduler(100), _Waiting()
     scheduler.ownership.acquire(Acquired([0]))
