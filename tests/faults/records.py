@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 
 from tests.faults.ledger import Call, Captured, Effect, Span
-from tests.handlers_ledger import TRUNCATED
+from tests.handlers_ledger import TRANSACTIONAL, TRUNCATED
 from tests.subscriptions import states_of
 
 
@@ -103,14 +103,15 @@ def read_captured_by(
         )
         for row in read_captured(connection, types, number)
     ]
-    into = _into(rows, calls, {effect.seq for effect in effects})
+    into = coalesced_into(rows, calls, {effect.seq for effect in effects})
     return [row._replace(into=into.get(row.seq)) for row in rows]
 
 
-def _into(rows: Iterable[Captured], calls: Iterable[Call], effects: Set[int]) -> dict[int, int]:
+def coalesced_into(rows: Iterable[Captured], calls: Iterable[Call], effects: Set[int]) -> dict[int, int]:
     """Into which change others were coalesced: no row of a subscription says so, but its calls do.
 
-    A call for several has one effect, that of the last of them; or the last of them is dead.
+    A call for several has one effect, that of the last of them; or the last of them is dead. One in a transaction that
+    returned and has no effect was not committed: its changes are called again.
     """
     by_key: dict[Any, list[Captured]] = defaultdict(list)
     for row in sorted(rows):
@@ -123,7 +124,7 @@ def _into(rows: Iterable[Captured], calls: Iterable[Call], effects: Set[int]) ->
         if place is None or call.stood_for == 1:
             continue
         others = [row.seq for row in of_key[max(0, place + 1 - call.stood_for) : place] if row.state == "processed"]
-        if call.how == "returned":
+        if call.how == "returned" and (call.seq in effects or call.key[0] not in TRANSACTIONAL):
             returned.update(others)
         if call.seq in effects or (of_key[place].state == "dead" and call.final):
             found.update(dict.fromkeys(others, call.seq))

@@ -17,10 +17,10 @@ from tests.eventually import eventually
 from tests.faults import chaos
 from tests.faults.chaos import Draw, Fault
 from tests.faults.ledger import Call, Captured, Effect, Evidence, ReplayRound, Span, Write, judge
-from tests.faults.records import read_sessions
+from tests.faults.records import coalesced_into, read_sessions
 from tests.faults.stage import Stage
 from tests.fix_consumer import ROOT
-from tests.handlers_ledger import TRUNCATED
+from tests.handlers_ledger import MAX_ATTEMPTS, TRUNCATED
 
 _SCHEDULE: list[tuple[Fault, Draw]] = [
     (chaos.kill, Draw(0, "", False, 0.0)),
@@ -452,6 +452,27 @@ def test_the_judge_finds(crime: Callable[[Evidence], None], named: str) -> None:
     evidence = _fine()
     crime(evidence)
     assert any(named in violation for violation in judge(evidence).violations)
+
+
+@pytest.mark.parametrize(
+    ("entity_type", "effects", "into"),
+    [
+        ("kept_latest_transactional", set[int](), {1: 3, 2: 3}),
+        ("kept_latest_transactional", {2}, {}),
+        ("kept_latest", set[int](), {2: 3}),
+    ],
+)
+def test_a_call_in_a_transaction_that_returned_stands_for_others_only_if_it_was_committed(
+    entity_type: str, effects: set[int], into: dict[int, int]
+) -> None:
+    key = entity_type, "8"
+    states = {1: "processed", 2: "processed", 3: "dead"}
+    rows = [Captured(seq, key, "UPDATE", None, None, state, 60.0) for seq, state in states.items()]
+    calls = [
+        Call("c", key, 2, 1, 50.0, 51.0, "returned", stood_for=2),
+        Call("c", key, 3, MAX_ATTEMPTS, 52.0, 53.0, "failed", stood_for=3),
+    ]
+    assert coalesced_into(rows, calls, effects) == into
 
 
 def test_sessions_are_read_from_the_servers_log() -> None:
