@@ -80,7 +80,7 @@ class HandlerLimits:
         read = operation == Operation.READ
         limit = self.limits.of.get(handler.name)
         # A limited call is made as soon as it is counted.
-        run = (_READ_RUN_MAX if read else _RUN_MAX) if handler.single and limit is None else 1
+        run = (_READ_RUN_MAX if read else _RUN_MAX) if handler.single and handler.is_async and limit is None else 1
         breaker = self._breakers.get(handler.name)
         return Requirements(
             entity_type, handler, _pools(handler), run=run, breaker=breaker, read=read,

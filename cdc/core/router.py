@@ -78,8 +78,8 @@ class Handler:
 
     @property
     def single(self) -> bool:
-        """It is called on the event loop, with one change as it was read and no other argument."""
-        return self.is_async and not self.transactional and self.batch is None and not self.latest
+        """It is called with one change and no other argument."""
+        return not self.transactional and self.batch is None and not self.latest
 
     def call(self, changes: Sequence[Change], connection: Any = None) -> Any:
         """Call the function with one change, or with a batch."""

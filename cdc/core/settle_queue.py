@@ -62,7 +62,7 @@ class SettleQueue:
     @property
     def ready(self) -> int:
         """How many ``take`` would give, held ones not counted."""
-        return len(self._next) + sum(map(len, self._parts))
+        return len(self._next) + (sum(map(len, self._parts)) if self._parts else 0)
 
     @property
     def holds(self) -> bool:

@@ -224,9 +224,10 @@ class Executor:
     ) -> tuple[list[Settlement], PendingCall | None]:
         """Call a handler for one change after the other, for as long as the calls return without waiting.
 
-        The steps of a task cost more than many handlers; these calls share them. Takes the changes it calls from
-        ``changes``: none if their call is not that simple. Returns what has ended, and the call that has not, for
-        ``resume``. Stops after a call that has cancelled ``task``, the current one (``cancelling.disregard``).
+        The steps of a task cost more than many handlers; these calls share them. A call in a thread is begun only.
+        Takes the changes it calls from ``changes``: none if their call is not that simple. Returns what has ended, and
+        the call that has not, for ``resume``. Stops after a call that has cancelled ``task``, the current one
+        (``cancelling.disregard``).
         """
         done: list[Settlement] = []
         if handler is None or handler.name not in self._inline:
@@ -244,7 +245,12 @@ class Executor:
             failpoints.here("run.before_handler")
             try:
                 given = call_in(contexts, prepare, change) if prepare else change
-                rest = begin(contexts, function, (given,)) if given is not None else None
+                if given is None:
+                    rest = None
+                elif handler.is_async:
+                    rest = begin(contexts, function, (given,))
+                else:
+                    rest = self._calls.begin_in_thread(handler, change, given)
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - raised where the call is awaited
                 unfinished = PendingCall(change, _raise(error), started)
                 break
@@ -278,12 +284,16 @@ class Executor:
         failure: BaseException | None = None
         session = self.lost.session
         try:
-            await self._calls.within_limit(handler, [change], rest, started)
+            if handler.is_async:
+                await self._calls.within_limit(handler, [change], rest, started)
+            else:
+                await rest
         except Failed as failed:
             failure = failed.errors.get(change.seq)
         except asyncio.CancelledError as error:
             if is_being_cancelled():
-                self.lost.call_ended([change], session)
+                if handler.is_async:  # a call in a thread goes on
+                    self.lost.call_ended([change], session)
                 raise
             failure = error
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is that change's failure

@@ -18,7 +18,7 @@ from cdc.core.model import Change
 from cdc.core.ready_queues import Run
 from cdc.core.router import Handler
 from cdc.core.transaction_batching import AdaptiveBatchSize
-from cdc.engine.calls import Contexts, call_handler, call_handler_here
+from cdc.engine.calls import Contexts, call_handler, call_handler_here, call_in
 from cdc.engine.thread_pool import Job, Threads
 from cdc.engine.timeouts import TimeLimit
 from cdc.engine.transactions import MixedCausesError, Ran, Transactions
@@ -148,6 +148,19 @@ class HandlerCalls:
         finally:
             del self._jobs[number]
         return ran if handler.transactional else Ran(ran)
+
+    def begin_in_thread(self, handler: Handler, change: Change, given: Change) -> Coroutine[Any, Any, Any]:
+        """Begin the call of a handler that takes one change and nothing else. Returns the rest of it, to be awaited."""
+        call = partial(call_in, self.contexts, handler.function, given)
+        overran = partial(self._goes_on_in_thread, handler, [change])
+        job = self._jobs[change.seq] = self._threads.submit(call, handler.timeout_s or self._timeout_s, overran)
+        return self._rest(job, change.seq)
+
+    async def _rest(self, job: Job, number: int) -> Any:
+        try:
+            return await job.outcome()
+        finally:
+            del self._jobs[number]
 
     def _goes_on_in_thread(self, handler: Handler, changes: Sequence[Change]) -> None:
         self._overran(handler)
