@@ -121,6 +121,8 @@ def slot(shop: str, db: psycopg.Connection) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex[:12]}"
     yield name
     with psycopg.connect(shop, autocommit=True) as connection:
+        in_use = "SELECT FROM pg_replication_slots WHERE slot_name = %s AND active"
+        eventually(lambda: not connection.execute(in_use, [name]).fetchall(), what="the slot is left alone")
         connection.execute(
             "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s", [name]
         )
