@@ -140,21 +140,20 @@ class HandlerCalls:
                 [partial(call_handler_here, handler, self.contexts, part) for part in _calls(handler, given)],
                 causes=causes, latest=latest, owned=lambda: session == self._lost.session,
             )  # fmt: skip
-        overran = partial(self._goes_on_in_thread, handler, changes)
-        number = changes[0].seq
-        job = self._jobs[number] = self._threads.submit(call, handler.timeout_s or self._timeout_s, overran)
-        try:
-            ran = await job.outcome()
-        finally:
-            del self._jobs[number]
+        ran = await self._submitted(handler, changes, call)
         return ran if handler.transactional else Ran(ran)
 
     def begin_in_thread(self, handler: Handler, change: Change, given: Change) -> Coroutine[Any, Any, Any]:
         """Begin the call of a handler that takes one change and nothing else. Returns the rest of it, to be awaited."""
-        call = partial(call_in, self.contexts, handler.function, given)
-        overran = partial(self._goes_on_in_thread, handler, [change])
-        job = self._jobs[change.seq] = self._threads.submit(call, handler.timeout_s or self._timeout_s, overran)
-        return self._rest(job, change.seq)
+        return self._submitted(handler, [change], partial(call_in, self.contexts, handler.function, given))
+
+    def _submitted(
+        self, handler: Handler, changes: Sequence[Change], call: Callable[[], Any]
+    ) -> Coroutine[Any, Any, Any]:
+        overran = partial(self._goes_on_in_thread, handler, changes)
+        number = changes[0].seq
+        job = self._jobs[number] = self._threads.submit(call, handler.timeout_s or self._timeout_s, overran)
+        return self._rest(job, number)
 
     async def _rest(self, job: Job, number: int) -> Any:
         try:

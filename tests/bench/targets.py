@@ -91,9 +91,9 @@ TARGETS = (
     Target("idle consumer, statements", "idle", "statements", 2.0, "1/s", at_most=True),
     Target("no-op changes in another subscription, to the default one", "subscriptions", "another to default", 0.7),
     Target(
-        "three subscriptions in one process, each to a third of itself alone",
+        "three subscriptions in one process, the slowest to a third",
         "subscriptions",
-        "the least of three to a third of itself alone",
+        "the slowest of three to a third",
         1.0,
     ),
     Target("20 idle subscriptions of 200, processor", "subscriptions-idle", "cpu", 2.0, "% of a core", at_most=True),
