@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cdc.core.admission import Row
+from cdc.core.handler_permits import HandlerPermits
 from cdc.core.latest import Latest
+from cdc.core.limits import Limit
 from cdc.core.lost_transactions import LOSSES_MAX, LostCalls
 from cdc.core.model import Change, Dead, Outcome, Processed, Suspicion
 from cdc.core.read_reconciler import Settlement
-from cdc.core.ready_queues import Run
+from cdc.core.ready_queues import Requirements, Run
 from cdc.core.router import Handler, Router
 from cdc.core.shard_ownership import Acquired
 from cdc.engine.coalescing import Coalescing
@@ -58,14 +60,16 @@ class _Waiting(Executor):
         return dict.fromkeys(changes, Processed())
 
 
-def _dispatcher(scheduler: SettlingScheduler, executor: _Waiting, concurrency: int) -> Dispatcher:
+def _dispatcher(
+    scheduler: SettlingScheduler, executor: _Waiting, concurrency: int, **named: Mapping[str, HandlerPermits]
+) -> Dispatcher:
     def finished(settled: Sequence[Settlement]) -> None:
         scheduler.finished(settled)
 
     return Dispatcher(
         scheduler, executor, concurrency, connections=1, crash_guard=CrashGuard(Store("public"), 1),
         coalescing=Coalescing(Router(), Store("public")), put_off=lambda: None,
-        finished=finished, reread=lambda: None,
+        finished=finished, reread=lambda: None, **named,
     )  # fmt: skip
 
 
@@ -96,6 +100,29 @@ async def test_there_is_one_worker_for_each_change_however_often_they_are_handed
     await _until(lambda: executor.started == [1, 2, 3])
     executor.go.set()
     await _until(lambda: len(dispatcher) == 0)
+
+
+async def test_a_suspect_that_waits_for_a_limit_is_counted_among_what_could_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(CrashGuard, "owner_may_be_alive", lambda _self, _change: False)
+    router = Router()
+    router.on("t", name="send", limit=Limit(rate="1/h"))(_handle)
+    [handler] = set(router.handlers.values())
+    assert handler.limit is not None
+    no_lease = HandlerPermits("send", handler.limit, lambda: 0.0, lambda at: None, lambda: None)
+    scheduler, executor = SettlingScheduler(100, needs=lambda c: Requirements(c.entity_type, handler)), _Waiting()
+    scheduler.ownership.acquire(Acquired([0]))
+    dispatcher = _dispatcher(scheduler, executor, 10, permits={"send": no_lease})
+    scheduler.admit([Row(replace(change(1), crashed=True))])
+    dispatcher.dispatch()
+    await _until(lambda: scheduler.ready_queues.over_limit() == {("send", ""): 1})
+    await dispatcher.drain(10.0)
+    assert scheduler.ready_queues.over_limit() == {}
+    assert executor.started == []
+
+
+async def _handle(change: Change) -> None: ...
 
 
 @pytest.mark.parametrize("blocked", [False, True])
