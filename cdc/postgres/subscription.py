@@ -7,12 +7,12 @@ or that are dead (``sql/0017_subscriptions.sql``). What is above the position an
 written about a change until it is handled, and one that is done leaves nothing behind once the position has passed it.
 
 A position must not pass a change that is still to be committed: its number was drawn before, and nobody sees it yet. So
-it moves as the floor of a sweep does (``core/shard_cursor``). All that one snapshot shows up to a number is done: the
-number becomes a *candidate*, with the first transaction id that is not assigned at that moment. Whoever brings a lower
-number has a lower id, because a number is drawn after its transaction got its id. So once no transaction below that id
-is open, all of them are visible; and when those that have appeared are done, too, the candidate is the position. A row
-that is written by hand may draw its number before its id: it is missed if that takes longer than from one look to the
-next, a second.
+it moves as the floor of a sweep does (``core/shard_cursor``). A number that one snapshot shows becomes a *candidate*,
+with the first transaction id that is not assigned at that moment. Whoever brings a lower number has a lower id, because
+a number is drawn after its transaction got its id. So once no transaction below that id is open, all of them are
+visible, for good; and as they get done the position moves up to the candidate, which another one follows. A row that is
+written by hand may draw its number before its id: it is missed if that takes longer than from one look to the next, a
+second.
 
 The session that owns a shard moves its position, about once a second while there is something to move, and removes the
 rows of what is done up to there, in one statement. A row whose start was recorded after a crash keeps the position
@@ -52,7 +52,7 @@ from cdc.postgres.subscriptions import INDEXES, Subscription
 from cdc.postgres.unreadable import NUMBERS, RefusedRows
 
 _SCAN = 2_000
-"""Changes of a shard that are walked in search of one that is not done: a position moves by no more at once."""
+"""A candidate is at most so many changes of its shard above the position: a position moves by no more at once."""
 _FIGURES_SCAN, _FIGURES_HELD = 200, 200
 """Of a shard, changes above its position that are counted, and those examined in search of one that nothing blocks."""
 _AT_LEAST_S = 10.0
@@ -110,6 +110,7 @@ class SubscriptionStore(Store):
             "subscription_name": subscription.name,
             # Of the locks by which a transactional handler says which changes it has taken.
             "locks": change_locks(schema, subscription.number),
+            "shards_max": SHARDS - 1,
         }
         self.known = KnownAnswers(subscription.number, seen)
         self._unproved = True
@@ -187,7 +188,7 @@ class SubscriptionStore(Store):
         before = self.known.seen
         types, include = self.scope
         parameters = {
-            "shards": as_array(shards), "types": list(types), "among": include, "scan": _SCAN, "shards_max": SHARDS - 1,
+            "shards": as_array(shards), "types": list(types), "among": include, "scan": _SCAN,
         }  # fmt: skip
         try:
             [(candidates,)] = await self._rows(session, "advance", parameters)

@@ -242,12 +242,15 @@ s.next_attempt_at = '-infinity' AND s.dead_at IS NULL
 
 -- name: settle_processed
 -- Fresh changes that are processed. The first session to settle one wins, and the count shows it: its row is there, or
--- the position has passed it.
-WITH done AS (
+-- the position has passed it. The positions are read together: they stand beside each other, and a change each would be a
+-- search each.
+WITH at AS MATERIALIZED (
+  SELECT ARRAY(SELECT p.seq FROM {positions} AS p WHERE p.subscription = %(subscription)s::smallint ORDER BY p.shard) AS seqs
+), done AS (
   INSERT INTO {subscription_changes} AS s (seq, subscription, shard)
   SELECT want.seq, %(subscription)s::smallint, want.shard
   FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
-  WHERE want.seq > {position}
+  WHERE want.seq > (SELECT at.seqs FROM at WHERE cardinality(at.seqs) = %(shards_max)s + 1)[want.shard + 1]
   ON CONFLICT (subscription, seq) DO UPDATE
     SET next_attempt_at = NULL, type_hash = NULL, key_hash = NULL, tried = NULL
     WHERE {recorded}
@@ -517,12 +520,13 @@ AND (
 ) IS NULL
 
 -- name: advance
--- Moves the positions of these shards. A candidate that is proved becomes the position, or what is before the first change
--- up to it that has appeared meanwhile; and what is done up to there needs no row any more. Then a new candidate: as far as
--- all that this statement sees is done. Of a shard without an end of what is done only so many changes are walked; of
--- one whose candidate is not proved yet, none. An id from the future is of before a restore.
+-- Moves the positions of these shards. A candidate that is proved stays so: the position moves up to it, or to what is before
+-- the first change that is still to be done; and what is done up to there needs no row any more. One that is reached is
+-- followed by another, the highest number that this statement sees, or that of the change so many above the position. An id
+-- from the future is of before a restore. So each change is looked up once as the position passes it, and none of those
+-- behind one that is still to be done.
 --
--- Returns how many shards have a candidate.
+-- Returns how many shards have a candidate that is not proved yet.
 WITH horizon AS MATERIALIZED (
   SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
          pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
@@ -541,35 +545,29 @@ WITH horizon AS MATERIALIZED (
   ), at.candidate) AS seq
   FROM at, horizon
   WHERE at.candidate_xid <= horizon.xmin
-), now_at AS MATERIALIZED (
-  SELECT at.shard, coalesce(proved.seq, at.seq) AS seq
-  FROM at CROSS JOIN horizon LEFT JOIN proved ON proved.shard = at.shard
-  WHERE proved.shard IS NOT NULL OR at.candidate IS NULL OR at.candidate_xid > horizon.next_xid
-), looked AS MATERIALIZED (
-  SELECT now_at.shard, now_at.seq, coalesce((
-    SELECT n.seq - 1
-    FROM (
-      SELECT n.seq, n.shard, n.entity_type, n.table_name FROM {halves} AS n
-      WHERE n.shard = now_at.shard AND n.seq > now_at.seq
-      ORDER BY n.seq LIMIT %(scan)s
-    ) AS n
-    WHERE {open}
-    ORDER BY n.seq
-    LIMIT 1
-  ), (
+), followed AS MATERIALIZED (
+  SELECT now_at.shard, now_at.seq, (
     SELECT max(n.seq) FROM (
       SELECT n.seq FROM {halves} AS n WHERE n.shard = now_at.shard AND n.seq > now_at.seq
       ORDER BY n.seq LIMIT %(scan)s
     ) AS n
-  )) AS reached
-  FROM now_at
+  ) AS candidate
+  FROM (
+    SELECT at.shard, coalesce(proved.seq, at.seq) AS seq
+    FROM at CROSS JOIN horizon LEFT JOIN proved ON proved.shard = at.shard
+    WHERE proved.seq = at.candidate OR at.candidate IS NULL OR at.candidate_xid > horizon.next_xid
+  ) AS now_at
 ), moved AS (
   UPDATE {positions} AS p
-  SET seq = looked.seq, candidate = CASE WHEN looked.reached > looked.seq THEN looked.reached END,
-      candidate_xid = CASE WHEN looked.reached > looked.seq THEN horizon.next_xid::text::xid8 END
-  FROM looked, horizon
-  WHERE p.subscription = %(subscription)s::smallint AND p.shard = looked.shard
-    AND (p.seq <> looked.seq OR p.candidate IS NOT NULL OR looked.reached > looked.seq)
+  SET seq = coalesce(proved.seq, at.seq),
+      candidate = CASE WHEN followed.shard IS NULL THEN at.candidate ELSE followed.candidate END,
+      candidate_xid = CASE WHEN followed.shard IS NULL THEN at.candidate_xid::text::xid8
+                           WHEN followed.candidate IS NOT NULL THEN horizon.next_xid::text::xid8 END
+  FROM at CROSS JOIN horizon
+    LEFT JOIN proved ON proved.shard = at.shard
+    LEFT JOIN followed ON followed.shard = at.shard
+  WHERE p.subscription = %(subscription)s::smallint AND p.shard = at.shard
+    AND (proved.seq > at.seq OR followed.candidate IS NOT NULL OR followed.shard IS NOT NULL AND at.candidate IS NOT NULL)
   RETURNING p.shard
 ), passed AS MATERIALIZED (
   SELECT min(proved.before) AS lowest, max(proved.seq) AS highest,
@@ -577,19 +575,15 @@ WITH horizon AS MATERIALIZED (
   FROM generate_series(0, %(shards_max)s) AS n(shard)
   LEFT JOIN (SELECT proved.* FROM proved JOIN moved ON moved.shard = proved.shard) AS proved ON proved.shard = n.shard
 ), gone AS (
-  DELETE FROM {subscription_changes} AS d
-  WHERE d.ctid = ANY (ARRAY(
-    SELECT s.ctid FROM {subscription_changes} AS s
-    WHERE s.subscription = %(subscription)s::smallint
-      AND s.seq > (SELECT passed.lowest FROM passed) AND s.seq <= (SELECT passed.highest FROM passed)
-      AND s.seq > (SELECT passed.befores FROM passed)[s.shard + 1] AND s.seq <= (SELECT passed.seqs FROM passed)[s.shard + 1]
-      AND s.next_attempt_at IS NULL AND s.dead_at IS NULL
-    ORDER BY s.seq OFFSET 0
-  )) AND d.next_attempt_at IS NULL AND d.dead_at IS NULL
+  DELETE FROM {subscription_changes} AS s
+  WHERE s.subscription = %(subscription)s::smallint
+    AND s.seq > (SELECT passed.lowest FROM passed) AND s.seq <= (SELECT passed.highest FROM passed)
+    AND s.seq > (SELECT passed.befores FROM passed)[s.shard + 1] AND s.seq <= (SELECT passed.seqs FROM passed)[s.shard + 1]
+    AND s.next_attempt_at IS NULL AND s.dead_at IS NULL
 )
 SELECT (SELECT count(*) FROM at CROSS JOIN horizon
         WHERE at.candidate_xid > horizon.xmin AND at.candidate_xid <= horizon.next_xid)::int
-     + (SELECT count(*) FROM looked WHERE looked.reached > looked.seq)::int
+     + (SELECT count(*) FROM followed WHERE followed.candidate IS NOT NULL)::int
 
 -- name: figures
 -- As in outbox.sql; of the changes above the positions only the first of each shard are examined. The oldest is of these types,

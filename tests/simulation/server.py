@@ -309,10 +309,10 @@ class Server:
             if at.candidate is not None and snapshot.xmin >= at.needs:
                 before = at.seq
                 at.seq = min([at.candidate, *(seq - 1 for seq in fresh[:1])])
-                at.candidate = None
+                at.candidate = None if at.seq == at.candidate else at.candidate
                 moved += at.seq > before
             if at.candidate is None:
-                reached = fresh[0] - 1 if fresh else max((row.seq for row in there), default=0)
+                reached = max((row.seq for row in there), default=0)
                 at.candidate, at.needs = (reached if reached > at.seq else None), snapshot.next_xid
         return moved
 
