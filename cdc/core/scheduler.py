@@ -33,7 +33,7 @@ until they return, unsettled; and the outcomes not written yet, with their place
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from operator import attrgetter
 
 from cdc.core.admission import Admission, Admitted, Row
@@ -328,7 +328,7 @@ class KeyScheduler:
         Returns what is to be written, in that order: neither what a handler has committed, nor the changes of orphans.
         """
         self.ready_queues.ended(map(_CHANGE, batch))
-        to_settle: list[Settlement] = []
+        to_settle, committed = list[Settlement](), list[Settlement]()
         places: dict[str, int] = {}
         for finished in batch:
             change, outcome = finished
@@ -338,12 +338,8 @@ class KeyScheduler:
                 self._orphan_returned(queue)
             else:
                 places[change.entity_type] = places.get(change.entity_type, 0) + 1 + change.size // self.place_bytes
-                self.settling += 1
                 queue.settles(change.seq, blocks=outcome.blocks_key)
-                if isinstance(outcome, Committed):
-                    self.settled((finished,))
-                else:
-                    to_settle.append(finished)
+                (committed if isinstance(outcome, Committed) else to_settle).append(finished)
                 if outcome.blocks_key:
                     self._drop_queue(queue, remember=True)
                 elif queue.queued and not queue.running:
@@ -352,6 +348,9 @@ class KeyScheduler:
                     self._consider_key_read(queue.key)
         for name, ended in places.items():
             self.window.end_use(name, ended)  # a type cannot speed up its marks
+        self.settling += len(to_settle) + len(committed)
+        if committed:
+            self._leave_window(committed, in_table=True)
         return to_settle
 
     def interrupted(self, change: Change) -> None:
@@ -386,31 +385,32 @@ class KeyScheduler:
 
     def settled(self, batch: Sequence[Settlement]) -> None:
         """These are in the table. The outcome there may differ from that with which the change finished."""
-        if self.reading.under_way:
-            self.reading.settled(batch)
-        for finished, queue in self._leave_window(batch):
+        for queue in self._leave_window(batch, in_table=True):
             if queue.queued and not queue.running and not queue.settling and queue.after_settled:
                 self._make_ready(queue)
-            self._drop_if_empty(queue)
-            if self.deferred.watermarks and not finished.outcome.blocks_key:
-                self._unblock(queue.key)
 
     def dropped(self, batch: Sequence[Settlement]) -> None:
         """These outcomes, kept when the session was lost, are not written: other consumers own their shards."""
-        for _, queue in self._leave_window(batch):
-            self._drop_if_empty(queue)
+        self._leave_window(batch, in_table=False)
 
-    def _leave_window(self, batch: Sequence[Settlement]) -> Iterator[tuple[Settlement, KeyQueue]]:
-        """Each with its queue, when that knows it no more."""
+    def _leave_window(self, batch: Sequence[Settlement], *, in_table: bool) -> list[KeyQueue]:
+        """Returns their queues, which know them no more."""
+        if in_table and self.reading.under_way:
+            self.reading.settled(batch)
         self.settling -= len(batch)
         self.window.vacate(sum([1 + change.size // self.place_bytes for change, _ in batch]))
         self.ownership.ended(map(_CHANGE, batch))
-        for finished in batch:
-            queue = self._known.pop(finished.change.seq)
+        queues = []
+        for change, outcome in batch:
+            queue = self._known.pop(change.seq)
             queue.settling -= 1
             if queue.blocking:
-                queue.blocks_no_more(finished.change.seq)
-            yield finished, queue
+                queue.blocks_no_more(change.seq)
+            self._drop_if_empty(queue)
+            if in_table and self.deferred.watermarks and not outcome.blocks_key:
+                self._unblock(queue.key)
+            queues.append(queue)
+        return queues
 
     def key_reads(self, limit: int) -> list[KeyRead]:
         """Reads of deferred keys, of one type that has room, each requested once; answer with ``admit_key_read``."""

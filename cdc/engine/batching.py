@@ -95,16 +95,16 @@ class Batching:
             del self.lingering[handler]
 
     def _fits_into(self, batch: Sequence[Change]) -> Callable[[Change], bool]:
-        """Whether a change may run together with the batch, and its documents fit into it."""
-        counted, left = 0, _BATCH_BYTES
-        lost = self._executor.lost
+        """Whether a change may run together with the batch, and its documents fit into it. One that may joins it."""
+        left = _BATCH_BYTES - sum(change.size for change in batch)
+        runs_alone = self.runs_alone
 
         def fits(change: Change) -> bool:
-            nonlocal counted, left
-            while counted < len(batch):
-                left -= batch[counted].size
-                counted += 1
-            return change.size <= left and not (change.crashed or lost.has(change))
+            nonlocal left
+            if change.size > left or runs_alone(change):
+                return False
+            left -= change.size
+            return True
 
         return fits
 

@@ -148,15 +148,18 @@ def call_in(contexts: Contexts, function: Callable[..., _T], *arguments: Any) ->
 
 
 async def call_handler(
-    handler: Handler, contexts: Contexts, given: Sequence[Change], *connection: Any
+    handler: Handler, contexts: Contexts, given: Sequence[Change], *connection: Any, task: asyncio.Task[Any] | None
 ) -> Mapping[int, BaseException]:
-    """Call an async handler. Returns the errors of single changes of a batch, by seq. Raises CutOffError."""
+    """Call an async handler. Returns the errors of single changes of a batch, by seq. Raises CutOffError.
+
+    ``task``: the current one, which is the same for many calls; to ask for it costs as much as a call.
+    """
     try:
         try:
             if rest := begin(contexts, handler.call, (given, *connection)):  # call_async, without its coroutine
                 await rest
         finally:
-            if has_cancellations():
+            if has_cancellations(task):
                 await disregard()
     except Failed as failed:
         return _errors(handler, failed, given)

@@ -331,8 +331,11 @@ class Consumer:
     # --- settle ----------------------------------------------------------------------------------------------------
 
     def _committed(self, changes: Sequence[tuple[Change, Committed]]) -> None:
+        together: dict[datetime, list[Change]] = {}
         for change, outcome in changes:
-            self._processed([outcome.coalesced or change], outcome.at)
+            together.setdefault(outcome.at, []).append(outcome.coalesced or change)
+        for at, processed in together.items():
+            self._processed(processed, at)
         self._read_if_room_helps()
 
     def _settled(self, batch: Sequence[Settlement], settled: Settled) -> None:

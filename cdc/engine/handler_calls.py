@@ -6,6 +6,7 @@ limit is reported, and its changes stay running until it returns.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -115,12 +116,12 @@ class HandlerCalls:
         causes: bool,
         latest: Latest | None = None,
     ) -> Ran:
-        started = time.monotonic()
+        started, task = time.monotonic(), asyncio.current_task()
         if handler.transactional:
-            calls = [partial(call_handler, handler, self.contexts, part) for part in _calls(handler, given)]
+            calls = [partial(call_handler, handler, self.contexts, part, task=task) for part in _calls(handler, given)]
             running = self._transactions.run(changes, calls, causes=causes, latest=latest)
             return await self.within_limit(handler, changes, running, started)
-        call = call_handler(handler, self.contexts, given)
+        call = call_handler(handler, self.contexts, given, task=task)
         return Ran(await self.within_limit(handler, changes, call, started))
 
     async def _run_in_thread(

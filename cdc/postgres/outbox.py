@@ -67,6 +67,9 @@ read that takes too long."""
 READ_LIMIT_S = 65.0
 """For an answer to such a session; longer than its statement_timeout."""
 
+_ID = attrgetter("id.hex")
+_REQUEUED = attrgetter("requeued")
+
 CRASHED = "the consumer's process ended while this change's handler ran"
 """The last_error and error_summary of a change that was running when its consumer died."""
 
@@ -366,8 +369,8 @@ class Store:
         What the transaction writes from then on is caused by ``cause``.
         """
         return self._statements["take"], {
-            "ids": as_array(change.id for change in changes), "cause": cause.cause,
-            "requeued": as_array(change.requeued for change in changes),
+            "ids": as_array(map(_ID, changes)), "cause": cause.cause,
+            "requeued": as_array(map(_REQUEUED, changes)),
             "failures": as_array(change.attempt - 1 for change in changes),
         }  # fmt: skip
 
@@ -378,7 +381,7 @@ class Store:
     def mark(self, changes: Sequence[Change], xid: str) -> tuple[bytes, dict[str, Any]]:
         """The statement that marks what ``take`` locked, if the transaction still has this id."""
         self._floors.settled()
-        return self._statements["mark"], {"ids": as_array(change.id for change in changes), "xid": xid}
+        return self._statements["mark"], {"ids": as_array(map(_ID, changes)), "xid": xid}
 
     async def start(
         self, session: psycopg.AsyncConnection, changes: Sequence[Change], handlers: Sequence[str | None]
@@ -490,7 +493,7 @@ class Store:
         return rows_of(connection, statement, parameters)
 
 
-def as_array(values: Iterable[int | UUID]) -> str:
+def as_array(values: Iterable[int | str]) -> str:
     """As PostgreSQL writes an array. The driver examines each element: a tenth of a small fetch's cost."""
     return f"{{{','.join(map(str, values))}}}"
 
