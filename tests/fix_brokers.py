@@ -108,8 +108,9 @@ class BrokerServer:
         return f"127.0.0.1:{self.port}"
 
     @property
-    def environment(self) -> dict[str, str] | None:
-        return None
+    def environment(self) -> dict[str, str]:
+        """What it needs on top of the environment of the test."""
+        return {}
 
     def command(self) -> list[str]:
         raise NotImplementedError
@@ -156,12 +157,16 @@ class BrokerServer:
         return self.url()
 
     def start(self) -> None:
+        self._launch()
+        eventually(self._listens, within_s=self.starts_s, what=f"{self.program} listens")
+
+    def _launch(self) -> None:
         with (self.folder / "server.log").open("ab") as log:
             # In a group of its own: what is started by a script ends with it.
             self._process = subprocess.Popen(
-                self.command(), stdout=log, stderr=log, cwd=self.folder, env=self.environment, start_new_session=True
-            )
-        eventually(self._listens, within_s=self.starts_s, what=f"{self.program} listens")
+                self.command(), stdout=log, stderr=log, cwd=self.folder, env={**os.environ, **self.environment},
+                start_new_session=True,
+            )  # fmt: skip
 
     def _listens(self) -> bool:
         assert self._process is not None
@@ -326,6 +331,7 @@ class KafkaServer(BrokerServer):
     """One node that is broker and controller. It takes seconds to start, so it is there for all tests of a run."""
 
     scheme, program = "kafka", "java"
+    jars = KAFKA_JARS
     starts_s = 120.0
     refused = "no connection"
 
@@ -387,7 +393,7 @@ class KafkaServer(BrokerServer):
 
     def _program(self) -> list[str]:
         return [
-            "java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{KAFKA_JARS}/*",
+            "java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{self.jars}/*",
         ]  # fmt: skip
 
     def command(self) -> list[str]:
@@ -491,11 +497,14 @@ class RabbitServer(BrokerServer):
                 "ENABLED_PLUGINS_FILE": "plugins", "CONF_ENV_FILE": "none"}  # fmt: skip
         places = {f"RABBITMQ_{name}": str(self.folder / file) for name, file in ours.items()}
         node = {"RABBITMQ_NODENAME": f"cdc{self.port}@localhost", "RABBITMQ_DIST_PORT": str(self._nodes_port)}
-        return {**os.environ, "HOME": str(self.folder), **mapper, **places, **node}
+        return {"HOME": str(self.folder), **mapper, **places, **node}
+
+    def _launch(self) -> None:
+        if self._mapper is None:
+            self._mapper = subprocess.Popen(["epmd"], env={**os.environ, **self.environment})
+        super()._launch()
 
     def start(self) -> None:
-        if self._mapper is None:
-            self._mapper = subprocess.Popen(["epmd"], env=self.environment)
         super().start()
         self.control("await_startup")  # it listens before it takes what an operator says
 
@@ -517,7 +526,8 @@ class RabbitServer(BrokerServer):
 
     def control(self, *command: str) -> None:
         """What an operator does by rabbitmqctl."""
-        subprocess.run([_RABBITMQ_CTL, *command], env=self.environment, check=True, capture_output=True)
+        environment = {**os.environ, **self.environment}
+        subprocess.run([_RABBITMQ_CTL, *command], env=environment, check=True, capture_output=True)
 
     def end(self) -> None:
         self.kill()

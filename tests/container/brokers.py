@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
+import os
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import pytest
 from testcontainers.core.container import DockerContainer
 
 from tests import compose
-from tests.container.containers import container
+from tests.container.containers import Mounts, container, run
 from tests.container.images import broker_image
 from tests.eventually import eventually
-from tests.fix_brokers import BrokerServer, NatsServer, RedisServer
+from tests.fix_brokers import KAFKA_JARS, BrokerServer, KafkaServer, NatsServer, RabbitServer, RedisServer
 
 
 class _Contained(BrokerServer):
     """On the machine's own network, and in its folder; killed and started again as a process is."""
 
+    package = ""
+    """Debian's, of what stands in for the image."""
     _container: DockerContainer | None = None
 
-    def start(self) -> None:
-        service: dict[str, Any] = compose.services(compose.BROKERS[self.scheme])[compose.BROKERS[self.scheme]]
-        made = container(broker_image(service["image"]), {}, [(self.folder, str(self.folder), "rw")], user="0")
-        self._container = made.with_command(self.command()).start()
-        eventually(self._answers, within_s=self.starts_s, what=f"{self.program} listens")
+    @cached_property
+    def _wanted(self) -> str:
+        name = compose.BROKERS[self.scheme]
+        service: dict[str, Any] = compose.services(name)[name]
+        return str(service["image"])
+
+    @cached_property
+    def _image(self) -> str:
+        return broker_image(self._wanted, self.package)
+
+    @cached_property
+    def _stands_in(self) -> bool:
+        return self._image != self._wanted
+
+    def _mounts(self) -> Mounts:
+        return [(self.folder, str(self.folder), "rw")]
+
+    def _launch(self) -> None:
+        # In the place of the image's entry, which would become a user that cannot write into the folder.
+        self._container = container(
+            self._image, self.environment, self._mounts(), user=str(os.getuid()), entrypoint=self.command()
+        ).start()
+
+    def _listens(self) -> bool:
+        assert self._container is not None
+        self._container.reload()
+        log = b"".join(self._container.get_logs()).decode()
+        assert self._container.get_wrapped_container().status == "running", log
+        return self._answers()
 
     def kill(self) -> None:
         if self._container is not None:
@@ -32,8 +62,44 @@ class _Contained(BrokerServer):
 
 
 class ContainedNats(_Contained, NatsServer):
-    pass
+    package = "nats-server"
 
 
 class ContainedRedis(_Contained, RedisServer):
-    pass
+    package = "redis-server"
+
+
+class ContainedKafka(_Contained, KafkaServer):
+    """Where the image is not to be had, the Java is the container's, and the jars are those of the other tests."""
+
+    package = "openjdk-17-jre-headless"
+    jars = Path("/opt/kafka/libs")
+
+    def _mounts(self) -> Mounts:
+        if not self._stands_in:
+            return super()._mounts()
+        if not any(KAFKA_JARS.glob("kafka_*.jar")):
+            pytest.skip("there is neither an image of Kafka nor its jars: make kafka")
+        return [*super()._mounts(), (KAFKA_JARS, str(self.jars), "ro")]
+
+    def _java(self, *arguments: str) -> None:
+        words = [*self._program(), *arguments]
+        code, said = run(self._image, mounts=self._mounts(), user=str(os.getuid()), entrypoint=words)
+        assert code == 0, said
+
+
+class ContainedRabbit(_Contained, RabbitServer):
+    package = "rabbitmq-server"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Debian's own program of that name on the usual path wants to be another user."""
+        return {**super().environment, "PATH": "/usr/lib/rabbitmq/bin:/opt/rabbitmq/sbin:/opt/erlang/bin:/usr/bin:/bin"}
+
+    def command(self) -> list[str]:
+        return [self.program]
+
+    def control(self, *command: str) -> None:
+        assert self._container is not None
+        code, said = self._container.exec(["rabbitmqctl", *command])
+        assert code == 0, said.decode()

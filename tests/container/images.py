@@ -21,7 +21,6 @@ from tests.fix_consumer import ROOT
 
 _PYTHON, _POSTGRES = "python:3.13-slim-bookworm", "postgres:15"
 _DEBIAN, _BUILDER, _STANDIN = "cdc-test/debian:bookworm", "cdc-test/builder", "cdc-test/postgres"
-_BROKERS = "cdc-test/brokers"
 CONSUMER, DATABASE = "cdc-test/consumer", "cdc-test/database"
 _STANDINS = Path(__file__).parent / "standins"
 _CERTIFICATES = Path("/usr/local/share/ca-certificates")
@@ -56,12 +55,13 @@ def build_all(folder: Path, cleaning: ExitStack) -> Bases:
     return bases
 
 
-def broker_image(wanted: str) -> str:
-    """That one, or what stands in for it."""
+def broker_image(wanted: str, package: str) -> str:
+    """That one, or what stands in for it: Debian with this package."""
     if _there(wanted):
         return wanted
-    build(_STANDINS / "brokers", _BROKERS, clean_up=False, buildargs={"BASE_IMAGE": _DEBIAN}).remove()
-    return _BROKERS
+    standin = f"cdc-test/{package}"
+    build(_STANDINS / "broker", standin, clean_up=False, buildargs={"BASE_IMAGE": _DEBIAN, "PACKAGE": package}).remove()
+    return standin
 
 
 def build(context: Path, tag: str, **options: Any) -> DockerImage:

@@ -16,7 +16,7 @@ from testcontainers.core.container import DockerContainer
 
 from cdc.core.model import SHARDS
 from tests import compose
-from tests.container.brokers import ContainedNats, ContainedRedis
+from tests.container.brokers import ContainedKafka, ContainedNats, ContainedRabbit, ContainedRedis
 from tests.container.containers import LOCKED_DOWN, Consumer, Database, container, create_consumer_role, run
 from tests.container.images import CONSUMER, DATABASE
 from tests.eventually import eventually
@@ -249,7 +249,7 @@ def test_the_services_of_each_broker_work_together(broker: BrokerServer, shop: S
     _work_together(broker, shop)
 
 
-@pytest.mark.parametrize("kind", [ContainedNats, ContainedRedis])
+@pytest.mark.parametrize("kind", [ContainedNats, ContainedRedis, ContainedKafka, ContainedRabbit])
 def test_they_do_so_with_a_broker_in_a_container(kind: type[BrokerServer], shop: Shop, tmp_path: Path) -> None:
     broker = kind(tmp_path)
     broker.start()
