@@ -9,7 +9,7 @@ from tests.bench.report import Summary, aligned, number
 
 
 class Target(NamedTuple):
-    """The median of this figure is at least ``bound``; or with ``at_most``, at most that."""
+    """This figure is at least ``bound`` in the worst of the rounds; or with ``at_most``, at most that."""
 
     what: str
     scenario: str
@@ -33,8 +33,8 @@ class Verdict(NamedTuple):
     def met(self) -> bool | None:
         if self.found is None:
             return None
-        median = self.found.median
-        return median <= self.target.bound if self.target.at_most else median >= self.target.bound
+        values, bound = self.found.values, self.target.bound
+        return max(values) <= bound if self.target.at_most else min(values) >= bound
 
     @property
     def said(self) -> str:
@@ -50,16 +50,16 @@ class Verdict(NamedTuple):
 
 
 TARGETS = (
-    Target("no-op changes, async, to the SQL floor", "ratio", "drain to floor", 0.8),
+    Target("no-op changes, async, to the SQL floor", "ratio", "drain to floor", 1.3),
     Target("no-op changes, async, to pgqueuer's best", "ratio", "drain to pgqueuer", 2.0),
-    Target("no-op changes, async, to graphile-worker's best", "ratio", "drain to graphile-worker", 1.0),
+    Target("no-op changes, async, to graphile-worker's best", "ratio", "drain to graphile-worker", 1.6),
     Target("no-op changes, threads, to the SQL floor", "ratio", "drain-sync to floor", 0.4),
     Target("transactional handlers that insert a row each", "drain-inserts", "settled", 5_000, "changes/s"),
-    Target("transactional handlers, to a plain psycopg loop", "ratio", "drain-inserts to floor-inserts", 0.6),
+    Target("transactional handlers, to a plain psycopg loop", "ratio", "drain-inserts to floor-inserts", 1.5),
     Target("no-op changes, batches of 200, to the SQL floor", "ratio", "drain-batch to floor", 0.9),
-    Target("handlers that await 10 ms, to the theoretical 10,000/s", "await", "to theoretical", 0.85),
+    Target("handlers that await 10 ms, to the theoretical 10,000/s", "await", "to theoretical", 0.9),
     Target("commit to handler at 500/s, p50", "latency", "handler p50", 1.0, "ms", at_most=True),
-    Target("commit to handler at 500/s, p99", "latency", "handler p99", 8.0, "ms", at_most=True),
+    Target("commit to handler at 500/s, p99", "latency", "handler p99", 5.0, "ms", at_most=True),
     Target(
         "commit to handler, p50 to the documented NOTIFY", "latency", "handler p50 to documented", 1.0, at_most=True
     ),
@@ -79,7 +79,7 @@ TARGETS = (
         at_most=True,
     ),
     Target("WAL of a mark, a row of 400 bytes", "marks", "mark, WAL", 540.0, "bytes", at_most=True),
-    Target("commit to handler, relayed, p50", "relayed", "relayed p50", 3.0, "ms", at_most=True),
+    Target("commit to handler, relayed, p50", "relayed", "relayed p50", 2.5, "ms", at_most=True),
     Target("p99 beside a backfill, to that without", "backfill", "p99 beside to without", 1.5, at_most=True),
     Target("writers, tracked, to the documented NOTIFY", "writers", "tracked to documented", 2.5),
     Target("writers, tracked, to untracked", "writers", "tracked to untracked", 0.55),
