@@ -13,7 +13,6 @@ import pytest
 import cdc
 from cdc.app import config
 from cdc.app.consumers import Consumers
-from cdc.postgres.shard_locks import ShardSession
 from cdc.postgres.shared_look import Seen, SharedLook
 from tests.commands import done
 from tests.eventually import eventually_async
@@ -226,27 +225,3 @@ async def test_while_nobody_can_look_for_all_each_looks_for_itself(
         await _until(lambda: all(seqs == [seq] for seqs in handled.values()), "each has handled it")
         done(outbox, "subscription", "pause", "s1", "--because", "reindexing")
         await _until(lambda: consumers.apps["s1"].consumer.status.paused, "it knows that it is paused")
-
-
-async def test_a_session_that_has_ended_is_noticed_while_it_rests(
-    outbox: str, outbox_db: psycopg.Connection, numbers: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The look does not say so, and its own poll is not due."""
-    monkeypatch.setattr("cdc.engine.balancing.POLL_MAX_S", 3_600.0)
-    handled = _Handled()
-    opened = list[int]()
-    open_session = ShardSession.open
-
-    async def counted(*arguments: Any, **named: Any) -> ShardSession:
-        session = await open_session(*arguments, **named)
-        opened.append(session.connection.info.backend_pid)
-        return session
-
-    monkeypatch.setattr(ShardSession, "open", counted)
-    async with _consuming(outbox, list(numbers)[:3], handled, stream=False) as consumers:
-        await _at_rest(consumers)
-        assert len(opened) == 3
-        outbox_db.execute("SELECT pg_terminate_backend(%s)", [opened[1]])
-        await _until(lambda: len(opened) == 4, "it has another session")
-        seq = _publish(outbox_db)
-        await _until(lambda: all(seqs == [seq] for seqs in handled.values()), "each has handled it")
