@@ -212,10 +212,14 @@ class CaptureFunctionFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captured:
-    """Every trigger that captures, and the remarks about them and their tables."""
+    """Every trigger that captures, and the remarks about them and their tables.
+
+    ``general``: of each table that could have a capture function of its own, a trigger that calls the general one.
+    """
 
     triggers: tuple[Tracked, ...]
     remarks: tuple[Remark, ...] = ()
+    general: tuple[Tracked, ...] = ()
 
     @property
     def tables(self) -> tuple[str, ...]:

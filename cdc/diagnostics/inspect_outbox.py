@@ -335,7 +335,8 @@ def captured(connection: psycopg.Connection, name: str) -> Captured:
     )
     said += ddl_triggers.remarks(connection, name, triggers)
     said += remarks.handled(triggers, _sayings(connection))
-    return Captured(triggers=tuple(triggers), remarks=tuple(said))
+    general = table_functions.without(function, name, triggers, tables)
+    return Captured(triggers=tuple(triggers), remarks=tuple(said), general=tuple(general))
 
 
 def _sayings(connection: psycopg.Connection) -> list[SettingOwner]:

@@ -6,17 +6,20 @@ No function that runs with its owner's rights does it for others. Who may not is
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import psycopg
 from psycopg import sql
 
+from cdc.core.errors import UsageError
+from cdc.core.model import trigger_name
 from cdc.postgres import capture_catalog, source_tables, table_capture
 from cdc.postgres.capture_catalog import CaptureFunction, Spell
 from cdc.postgres.migration_scripts import ADVISORY_LOCK
 from cdc.postgres.remarks import Remark, outdated, owned_by
 from cdc.postgres.table_capture import CAPTURE_ROLE, TableCapture
-from cdc.postgres.tracked_tables import SourceTable, Tracked
+from cdc.postgres.tracked_tables import Asked, SourceTable, Tracked, decide
 
 _PRESENT = """
 SELECT p.proname::text, pg_catalog.pg_get_userbyid(p.proowner)::text, p.proconfig, p.prosrc, p.prosecdef
@@ -84,6 +87,23 @@ def faults(
         for each, found, wanted in compared(connection, capture, schema, spell=spell)
         if wanted is None or not found.serves_as(wanted)
     ]
+
+
+def without(
+    capture: CaptureFunction, schema: str, triggers: Sequence[Tracked], tables: Mapping[int, SourceTable]
+) -> Iterator[Tracked]:
+    """Of each table that `cdc track` would give a function of its own, a trigger that calls capture_entity_change()."""
+    by_table: dict[int, list[Tracked]] = {}
+    for each in triggers:
+        by_table.setdefault(each.oid, []).append(each)
+    for oid, present in by_table.items():
+        general = next((each for each in present if not each.function), None)
+        if general is None or oid not in tables:
+            continue
+        with contextlib.suppress(UsageError):  # `cdc track` would refuse it
+            wanted = decide(tables[oid], present, Asked(), trigger_name(schema))
+            if expected(capture, schema, tables[oid], wanted):
+                yield general
 
 
 def provide(

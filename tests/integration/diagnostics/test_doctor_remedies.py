@@ -13,6 +13,7 @@ from psycopg.conninfo import make_conninfo
 
 from tests.commands import done
 from tests.integration.diagnostics.test_doctor import apply, db, findings, run, shop, troubles, well
+from tests.integration.postgres.test_capture import REACTIONS
 
 __all__ = ["db", "shop", "well"]
 
@@ -222,6 +223,52 @@ def test_the_script_mends_it_alone(how: str, shop: str, db: psycopg.Connection, 
     apply(shop, run(shop, "--no-stream", "--fix").stdout)
     assert troubles(shop, "--no-stream") == BROKEN[how].left
     db.execute("INSERT INTO tasks VALUES (100)")
+
+
+_OF_A_MIGRATION = _BY_HAND.format('"#cdc_capture"', "INSERT", "orders", """'order', '{{"key": ["id"]}}'""").format()
+_DOCUMENTED = 'DROP TRIGGER "#cdc_capture" ON tasks;' + REACTIONS
+_AGAIN = re.compile(r"cdc (track [\w.]+(?: --replace)?)")
+
+
+@pytest.mark.parametrize(
+    ("by", "count"), [(_ORDERS + _OF_A_MIGRATION, 1), (_DOCUMENTED, 3)], ids=["a migration's", "the document's"]
+)
+def test_what_is_well_and_could_cost_its_writers_less_is_told_with_the_command_for_it(
+    shop: str, db: psycopg.Connection, by: str, count: int
+) -> None:
+    db.execute(by.encode())
+    result = run(shop, "--no-stream")
+    assert result.exit_code == 0
+    assert troubles(shop, "--no-stream") == {}
+    found = findings(shop, "--no-stream")["triggers"]
+    assert (found["severity"], found["remedies"]) == ("ok", [])
+    assert f"; {count} by capture_entity_change()" in found["detail"]
+    commands = _AGAIN.findall(found["detail"])
+    assert len(commands) == count
+    for command in commands:
+        done(shop, *command.split())
+    assert troubles(shop, "--no-stream") == {}
+    assert "capture_entity_change" not in findings(shop, "--no-stream")["triggers"]["detail"]
+    [(general,)] = db.execute(
+        "SELECT count(*) FROM pg_trigger WHERE tgfoid = 'capture_entity_change()'::regprocedure"
+    ).fetchall()
+    assert general == 0
+
+
+@pytest.mark.parametrize(
+    "by",
+    [
+        "CREATE TYPE mood AS ENUM ('well'); ALTER TABLE tasks ADD feels mood",
+        "ALTER FUNCTION capture_entity_change SECURITY INVOKER",
+    ],
+    ids=["a column of a type of one's own", "a function without its owner's rights"],
+)
+def test_no_command_is_told_that_would_make_no_function(shop: str, db: psycopg.Connection, by: str) -> None:
+    db.execute('DROP TRIGGER "#cdc_capture" ON tasks')
+    db.execute(_OF_A_MIGRATION.replace("orders", "tasks").encode())
+    assert "cdc track public.tasks" in findings(shop, "--no-stream")["triggers"]["detail"]
+    db.execute(by.encode())
+    assert findings(shop, "--no-stream")["triggers"]["detail"] == "captured: public.tasks"
 
 
 def test_no_check_is_left_out(shop: str) -> None:

@@ -455,6 +455,16 @@ def test_a_trigger_without_a_type_is_judged_by_the_one_that_its_table_gives_it(t
     assert check("unrouted", seen, replace(SUBJECT, handles=lambda *_: False)).detail.endswith(f"{entity_type} INSERT")
 
 
+def test_a_table_that_could_have_a_capture_function_of_its_own_is_told_beside_what_is_well() -> None:
+    by_hand = replace(TRIGGER, table="orders", ours=False, oid=2)
+    found = check("triggers", Captured(triggers=(TRIGGER, by_hand), general=(TRIGGER, by_hand)))
+    assert found.severity == OK
+    assert not found.remedies
+    assert "; 2 by capture_entity_change()" in found.detail
+    assert ": cdc track tasks, cdc track orders --replace, as a superuser or" in found.detail
+    assert check("triggers", CAPTURED).detail == "captured: tasks"
+
+
 def test_a_local_connection_needs_no_encryption() -> None:
     assert check("tls", replace(SESSION, is_local=True, encrypted=False)).severity == OK
 
