@@ -2,8 +2,9 @@
 
 The first of them *leads*: its stream wakes all, and it does what a process does once, as retention. Each of the others
 has sessions, limits, threads and metrics of its own. One that ends by a fault begins again after a pause, while the
-others go on; until it works the process is not ready, and says which one it is. A fault of the settings, or a database
-that cannot be reached, is an error at the start, as for one consumer, and nothing runs.
+others go on; until it works the process is not ready, and says which one it is. One whose subscription is dropped
+leaves, unless it is the last; if it led, the next one does. A fault of the settings, or a database that cannot be
+reached, is an error at the start, as for one consumer, and nothing runs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,7 +43,7 @@ Chosen = tuple[Settings, Router | None]
 """The settings of one consumer, which name its subscription, and its router; None: it delivers."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _One:
     settings: Settings
     router: Router | None
@@ -70,10 +71,12 @@ class Consumers:
         self._shared = SharedStream(sole=False, looking=self._looking)
         self._supervisor = Supervisor()
         self._stopping = asyncio.Event()
+        self._pages: dict[str, Callable[[], Answer]] = {}
         # The default one first: it tells of all others, and retention and what is due later are about its columns.
         sorted_ = sorted(consumers, key=lambda each: each[0].subscription != DEFAULT)
         self._names = [settings.subscription for settings, _, _ in sorted_]
         self._ones: list[_One] = []
+        """Replaced whole on the event loop, read by any thread."""
         for settings, router, subscription in sorted_:
             app = self._app(settings, router, subscription)
             self._ones.append(_One(settings, router, subscription, app))
@@ -118,21 +121,44 @@ class Consumers:
                 await asyncio.wait([looking])
 
     async def _keep(self, one: _One) -> None:
-        """Run it until it is stopped; it begins again after a fault of its own."""
+        """Run it until it is stopped, or leaves; it begins again after a fault of its own, and where it is to lead."""
+        at_start = True
         while True:
             began = time.monotonic()
+            one.app.consumer.lifecycle.leaves = partial(self._leaves, one)
             try:
                 await one.app.run()
             except Exception as error:
-                if isinstance(error, _CANNOT_START) and not one.ends and not one.app.connected:
+                if isinstance(error, _CANNOT_START) and at_start and not one.app.connected:
                     raise
                 one.ends += 1
                 await wait_within(self._stopping, self._supervisor.failed(f"consumer.{one.name}", began, error))
+            if one not in self._ones:
+                self._has_left(one)
+                return
             if self._stopping.is_set():
                 return
+            at_start = False
             one.app = self._app(one.settings, one.router, one.subscription)
             for _ in range(one.ends):
                 one.app.metrics.process.task_ended("consumer")
+
+    def _leaves(self, one: _One) -> bool:
+        """Its subscription was dropped. From now on it is no part of the process, unless it is the last."""
+        others = [each for each in self._ones if each is not one]
+        self._ones = others or self._ones
+        return bool(others)
+
+    def _has_left(self, one: _One) -> None:
+        led = self._names[0] == one.name
+        self._names.remove(one.name)
+        self._pages[_page_of(one)] = self._figures
+        log.warning(
+            "the subscription %s was dropped, so its consumer has ended, and the others go on; leave it out at the next"
+            " start, which is refused otherwise, or create it again and restart this process", one.name,
+        )  # fmt: skip
+        if led:  # what a process has once is made with its consumer
+            self._ones[0].app.stop()
 
     def _app(self, settings: Settings, router: Router | None, subscription: Subscription | None) -> App:
         return App(
@@ -153,11 +179,15 @@ class Consumers:
 
     def _routes(self) -> Routes | None:
         """The page of the first one, and the figures of all by name."""
-        first = self._ones[0]
-        if first.app.page is None:
+        page = self._ones[0].app.page
+        if page is None:
             return None
-        named = {f"/status.json?subscription={one.name}": partial(_figures, one) for one in self._ones}
-        return {**first.app.page.routes, "/status.json": partial(_figures, first), **named}
+        named = {_page_of(one): partial(_figures, one) for one in self._ones}
+        self._pages = {**page.routes, "/status.json": self._figures, **named}
+        return self._pages
+
+    def _figures(self) -> Answer:
+        return _figures(self._ones[0])
 
     def liveness(self) -> list[Check]:
         """From any thread."""
@@ -170,6 +200,10 @@ class Consumers:
     def readiness(self) -> list[Check]:
         """From any thread."""
         return [check for one in self._ones for check in _named(one, one.app.readiness())]
+
+
+def _page_of(one: _One) -> str:
+    return f"/status.json?subscription={one.name}"
 
 
 def _figures(one: _One) -> Answer:

@@ -68,6 +68,10 @@ class SchemaError(CdcError):
     """The outbox is missing, or does not fit this version."""
 
 
+class SubscriptionDroppedError(SchemaError):
+    """The subscription that a consumer is for is there no more; another one of its name is not the same."""
+
+
 class StreamError(CdcError):
     """``reason`` is one of the closed set of the metric ``cdc_stream_disconnects_total``."""
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import psycopg
 
-from cdc.core.errors import CdcError, SchemaError
+from cdc.core.errors import CdcError, SchemaError, SubscriptionDroppedError
 from cdc.engine.hooks import where
 from cdc.observability.metrics import ConsumerMetrics
 from cdc.postgres.connect import STANDBY
@@ -35,6 +35,8 @@ class Lifecycle:
         self.last_iteration: dict[str, float] = {}
         """By the name of a loop."""
         self.answered_at: float | None = None
+        self.leaves: Callable[[], bool] = lambda: False
+        """Asked when its subscription was dropped: whether it ends, rather than say so and wait to be stopped."""
 
     def iterated(self, loop: str, *, answered: bool = False) -> None:
         """A loop has begun an iteration. ``answered``: and the server has answered."""
@@ -43,7 +45,7 @@ class Lifecycle:
             self.answered_at = now
 
     async def run(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Call ``work``, which connects, again and again until it is stopping.
+        """Call ``work``, which connects, again and again until it is stopping, or its subscription was dropped.
 
         Raises the error when the very first connection is refused, and any error that neither an operator nor time can
         fix.
@@ -54,6 +56,8 @@ class Lifecycle:
             error = await _interruption(work)
             if error and not self.connected.is_set() and not self.stopping.is_set():
                 raise error
+            if error and self._is_over(error):
+                return
             if error and not self.stopping.is_set():
                 log.warning("interrupted: %s; trying again", _sentence(error))
                 self._metrics.interruptions.labels(_kind(error)).inc()
@@ -70,12 +74,17 @@ class Lifecycle:
             try:
                 await check()
             except SchemaError as error:
+                if self._is_over(error):
+                    raise
                 if reported != str(error):
                     log.warning("waiting: %s", _sentence(error))
                 reported = str(error)
                 await wait_within(self.stopping, _SCHEMA_EVERY_S)
             else:
                 return
+
+    def _is_over(self, error: Exception) -> bool:
+        return isinstance(error, SubscriptionDroppedError) and self.leaves()
 
 
 def next_pause_s(before_s: float, worked_s: float) -> float:

@@ -33,7 +33,7 @@ from psycopg import sql
 from psycopg.rows import class_row
 
 from cdc.core import failpoints
-from cdc.core.errors import SchemaError, SessionLostError
+from cdc.core.errors import SessionLostError, SubscriptionDroppedError
 from cdc.core.limits import LimitSetting
 from cdc.core.model import SHARDS
 from cdc.core.pauses import Pause
@@ -379,7 +379,7 @@ class ShardSession:
         if self._subscription == DEFAULT:
             self._readers = readers
         elif name is None:
-            raise SchemaError("the subscription was dropped", hint="stop its consumers")
+            raise SubscriptionDroppedError("the subscription was dropped", hint="stop its consumers")
         if may_see != self.may_see_controls:
             self.may_see_controls = may_see
             if may_see:

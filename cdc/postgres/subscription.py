@@ -33,7 +33,7 @@ from uuid import UUID
 
 import psycopg
 
-from cdc.core.errors import SchemaError
+from cdc.core.errors import SchemaError, SubscriptionDroppedError
 from cdc.core.model import SHARDS, Change, Coalesced, Key, Suspicion, WakeUp
 from cdc.core.page_size import BYTES
 from cdc.core.pauses import Pauses
@@ -139,9 +139,9 @@ class SubscriptionStore(Store):
             )
         self._unproved = True
 
-    def _gone(self) -> SchemaError:
+    def _gone(self) -> SubscriptionDroppedError:
         name = self._subscription.name
-        return SchemaError(
+        return SubscriptionDroppedError(
             f"the subscription {name} was dropped",
             hint=f"stop its consumers; or cdc subscription create {name}, and start them again",
         )

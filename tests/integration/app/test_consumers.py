@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 import cdc
 from cdc.app import config
+from cdc.app.application import App
 from cdc.app.consumers import Consumers
 from cdc.cli import cdc as root_command
 from cdc.contrib.demo.temp_server import free_port
@@ -180,19 +181,103 @@ async def test_the_stream_comes_back_where_the_one_that_leads_has_ended(
         await _until(lambda: all(set(each.seqs) == set(expected) for each in seen.values()), "each has seen all")
 
 
-async def test_one_that_is_dropped_stops_nobody_else(
-    outbox: str, outbox_db: psycopg.Connection, seen: dict[str, Seen]
+def _is_ready(consumers: Consumers) -> bool:
+    return all(check.ok for check in consumers.readiness())
+
+
+def _said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log says of a drop, by the first words of each sentence."""
+    said = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
+    return [message.partition(",")[0].partition(" (")[0] for message in said]
+
+
+async def test_one_that_is_dropped_ends_and_the_process_is_ready_without_it(
+    outbox: str, outbox_db: psycopg.Connection, seen: dict[str, Seen], caplog: pytest.LogCaptureFixture
 ) -> None:
     number = outbox_db.execute("SELECT subscription FROM cdc_subscriptions WHERE name = 'billing'").fetchall()[0][0]
-    async with _consuming(outbox, seen) as consumers:
-        await _until(lambda: all(check.ok for check in consumers.readiness()), "all are ready")
+    port = free_port()
+    async with _consuming(outbox, seen, http_port=port) as consumers:
+        await _until(lambda: _is_ready(consumers), "all are ready")
         Subscriptions("public").drop(outbox_db, "search")
         expected = _publish(outbox_db)
         await _until(lambda: sorted(seen["billing"].seqs) == sorted(seen["default"].seqs) == expected, "others go on")
-        await _until(lambda: any(not check.ok and check.name.startswith("search.") for check in consumers.readiness()),
-                     "it is not ready")  # fmt: skip
-        assert all(check.ok for check in consumers.readiness() if not check.name.startswith("search."))
         await _until(lambda: is_done(outbox_db, number), "billing has marked them")
+        await _until(lambda: _said(caplog), "it is said")
+        assert _said(caplog) == ["the subscription search was dropped"]
+        assert "restart this process" in caplog.text
+        status, checks = await asyncio.to_thread(_get, port, "/readyz")
+        assert (status, "search." in checks) == (200, False), checks
+        assert (await asyncio.to_thread(_get, port, "/livez"))[0] == 200
+        _, metrics = await asyncio.to_thread(_get, port, "/metrics")
+        assert 'cdc_shards_owned{subscription="billing"}' in metrics
+        assert 'cdc_shards_owned{subscription="search"}' not in metrics
+        figures = json.loads((await asyncio.to_thread(_get, port, "/status.json?subscription=search"))[1])
+        assert (figures["consumer"]["subscription"], figures["beside"]) == ("default", ["default", "billing"])
+        subscribe(outbox_db, "search")
+        more = _publish(outbox_db)
+        await _until(lambda: sorted(seen["billing"].seqs) == [*expected, *more], "others go on")
+        assert seen["search"].seqs == []
+    assert _said(caplog) == ["the subscription search was dropped"]
+
+
+async def test_the_next_one_leads_where_the_one_that_leads_is_dropped(
+    outbox: str, outbox_db: psycopg.Connection, seen: dict[str, Seen], caplog: pytest.LogCaptureFixture
+) -> None:
+    subscribe(outbox_db, "audit")
+    several = {"search": seen["search"], "billing": seen["billing"], "audit": Seen()}
+    async with _consuming(outbox, several, sweep_interval=60, poll_interval=60) as consumers:
+        await _until(lambda: consumers.apps["search"].status.role is Role.STREAMING, "the stream has begun")
+        await _until(lambda: _is_ready(consumers), "all are ready")
+        Subscriptions("public").drop(outbox_db, "search")
+        await _until(lambda: list(consumers.apps) == ["billing", "audit"], "it has ended")
+        await _until(
+            lambda: (
+                consumers.apps["billing"].components.stream is not None
+                and all(app.status.role is Role.STREAMING for app in consumers.apps.values())
+            ),
+            "the next one has the stream",
+        )
+        await _until(lambda: _is_ready(consumers), "the others are ready")
+        expected = _publish(outbox_db)
+        await _until(lambda: all(sorted(several[name].seqs) == expected for name in ("billing", "audit")), "both go on")
+        audit = consumers.apps["audit"].metrics.registry
+        assert metric(audit, "cdc_wakeups_total", source="wal") == len(expected)
+    assert _said(caplog) == ["the subscription search was dropped"]
+
+
+async def test_the_next_one_that_cannot_connect_at_once_leads_later_and_ends_nobody(
+    outbox: str, outbox_db: psycopg.Connection, seen: dict[str, Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = {name: seen[name] for name in ("search", "billing")}
+    async with _consuming(outbox, several) as consumers:
+        await _until(lambda: _is_ready(consumers), "all are ready")
+        run, refused = App.run, list[str]()
+
+        async def refused_once(app: App) -> None:
+            if not refused:
+                refused.append(app.status.subscription)
+                raise ConnectError("refused")
+            await run(app)
+
+        monkeypatch.setattr(App, "run", refused_once)
+        Subscriptions("public").drop(outbox_db, "search")
+        await _until(lambda: refused == ["billing"], "it is begun again")
+        await _until(lambda: consumers.apps["billing"].status.role is Role.STREAMING, "it has the stream")
+        expected = _publish(outbox_db)
+        await _until(lambda: sorted(seen["billing"].seqs) == expected, "it goes on")
+
+
+async def test_the_last_one_of_a_process_that_is_dropped_says_so_and_is_not_ready(
+    outbox: str, outbox_db: psycopg.Connection, seen: dict[str, Seen], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with _consuming(outbox, {name: seen[name] for name in ("search", "billing")}) as consumers:
+        await _until(lambda: _is_ready(consumers), "all are ready")
+        for name in ("search", "billing"):
+            Subscriptions("public").drop(outbox_db, name)
+        await _until(lambda: len(consumers.apps) == 1, "one has ended")
+        await _until(lambda: any(each.startswith("waiting: ") for each in _said(caplog)), "the other waits")
+        await _until(lambda: not _is_ready(consumers), "it is not ready")
+        assert len(consumers.apps) == 1
 
 
 async def test_one_port_has_the_metrics_the_probes_and_the_pages_of_all(
