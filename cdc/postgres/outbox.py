@@ -67,13 +67,10 @@ read that takes too long."""
 READ_LIMIT_S = 65.0
 """For an answer to such a session; longer than its statement_timeout."""
 
-_ID = attrgetter("id.hex")
-_REQUEUED = attrgetter("requeued")
-
 CRASHED = "the consumer's process ended while this change's handler ran"
 """The last_error and error_summary of a change that was running when its consumer died."""
 
-_SEQ, _SHARD = attrgetter("seq"), attrgetter("shard")
+_ID, _SEQ, _SHARD, _REQUEUED = map(attrgetter, ("id.hex", "seq", "shard", "requeued"))
 _FIRST, _DEPTH = itemgetter(0), attrgetter("change.depth")
 _SCAN_MAX = 20_000
 """Rows that a sweep of some types examines: some 20 ms. Other reads wait no longer than that."""

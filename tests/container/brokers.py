@@ -44,8 +44,9 @@ class _Contained(BrokerServer):
     def _launch(self) -> None:
         # In the place of the image's entry, which would become a user that cannot write into the folder.
         self._container = container(
-            self._image, self.environment, self._mounts(), user=str(os.getuid()), entrypoint=self.command()
-        ).start()
+            self._image, self.environment, self._mounts(), user=str(os.getuid()), entrypoint=self.command(),
+            working_dir="/",
+        ).start()  # fmt: skip
 
     def _listens(self) -> bool:
         assert self._container is not None
@@ -73,33 +74,35 @@ class ContainedKafka(_Contained, KafkaServer):
     """Where the image is not to be had, the Java is the container's, and the jars are those of the other tests."""
 
     package = "openjdk-17-jre-headless"
-    jars = Path("/opt/kafka/libs")
+    jars = Path("opt/kafka/libs")
+    """Of the image."""
 
     def _mounts(self) -> Mounts:
         if not self._stands_in:
             return super()._mounts()
         if not any(KAFKA_JARS.glob("kafka_*.jar")):
             pytest.skip("there is neither an image of Kafka nor its jars: make kafka")
-        return [*super()._mounts(), (KAFKA_JARS, str(self.jars), "ro")]
+        return [*super()._mounts(), (KAFKA_JARS, f"/{self.jars}", "ro")]
 
     def _java(self, *arguments: str) -> None:
         words = [*self._program(), *arguments]
-        code, said = run(self._image, mounts=self._mounts(), user=str(os.getuid()), entrypoint=words)
+        options = {"user": str(os.getuid()), "entrypoint": words, "working_dir": "/"}
+        code, said = run(self._image, mounts=self._mounts(), **options)
         assert code == 0, said
 
 
 class ContainedRabbit(_Contained, RabbitServer):
     package = "rabbitmq-server"
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """Debian's own program of that name on the usual path wants to be another user."""
-        return {**super().environment, "PATH": "/usr/lib/rabbitmq/bin:/opt/rabbitmq/sbin:/opt/erlang/bin:/usr/bin:/bin"}
-
     def command(self) -> list[str]:
-        return [self.program]
+        return _of_rabbit(self.program)
 
     def control(self, *command: str) -> None:
         assert self._container is not None
-        code, said = self._container.exec(["rabbitmqctl", *command])
+        code, said = self._container.exec(_of_rabbit("rabbitmqctl", *command))
         assert code == 0, said.decode()
+
+
+def _of_rabbit(*command: str) -> list[str]:
+    """Debian has programs of these names on the usual path, which want to be another user."""
+    return ["sh", "-c", 'export PATH="/usr/lib/rabbitmq/bin:$PATH"; exec "$@"', "sh", *command]

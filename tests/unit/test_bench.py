@@ -22,7 +22,7 @@ def summary(*values: float) -> Summary:
     [((0.8, 0.9, 0.9), False, True), ((0.79, 0.9, 0.9), False, False), ((0.7, 0.7, 0.8), True, True),
      ((0.7, 0.7, 0.81), True, False)],
 )  # fmt: skip
-def test_the_worst_round_decides_and_the_bound_itself_will_do(values: tuple[float, ...], at_most: bool, met: bool) -> None:
+def test_the_worst_round_decides_and_the_bound_will_do(values: tuple[float, ...], at_most: bool, met: bool) -> None:
     assert Verdict(Target("t", "s", "f", 0.8, at_most=at_most), summary(*values)).met is met
 
 
