@@ -86,8 +86,9 @@ class ContainedKafka(_Contained, KafkaServer):
 
     def _java(self, *arguments: str) -> None:
         words = [*self._program(), *arguments]
-        options = {"user": str(os.getuid()), "entrypoint": words, "working_dir": "/"}
-        code, said = run(self._image, mounts=self._mounts(), **options)
+        code, said = run(
+            self._image, mounts=self._mounts(), user=str(os.getuid()), entrypoint=words, working_dir="/"
+        )  # fmt: skip
         assert code == 0, said
 
 
