@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -49,8 +50,12 @@ _MESSAGE_ID = "Nats-Msg-Id"
 _NO_RESPONDERS = "503"
 _FULL = {10_023, 10_028, 10_047, 10_077}
 """Error codes of JetStream: no resources, no memory or storage left for the account, and a stream at its limits."""
-_TOO_LARGE = 10_054
-_VIOLATION = 'permissions violation for publish to "'
+_TOO_LARGE = {10_054, 10_097}
+"""The message, and its headers alone."""
+_VIOLATION = re.compile(r'permissions violation for publish to "((?:[^"\\]|\\.)*)"')
+"""The subject is quoted as Go quotes a text, and the client has made small letters of all."""
+_ESCAPE = re.compile(r"\\(?:u(00(?:0[1-9a-f]|10)[0-9a-f]{4})|u([0-9a-f]{4})|(.))")
+"""One of eight digits, whose ``U`` was large, begins as no other does: a control character has ``x``."""
 _NOT_SUBSCRIBED = 'permissions violation for subscription to "'
 _INBOXES = "_INBOX.>"
 _RESERVED = "_R_.cdc"
@@ -268,9 +273,8 @@ class _Connection:
             )
             for acks, _ in self._open.values():
                 acks.lost(self._unanswered)
-        _, found, rest = said.partition(_VIOLATION)
-        if found:
-            self._refuse(rest.partition('"')[0])
+        if found := _VIOLATION.search(said):
+            self._refuse(_ESCAPE.sub(_unescaped, found[1]))
 
     def _refuse(self, subject: str) -> None:
         """``subject``: in small letters, as the client gives it."""
@@ -314,6 +318,11 @@ def _broken(error: Exception) -> LostError:
     """Words that follow ``-ERR`` are the protocol's: "user authentication expired", and no content of a message."""
     words = str(error).removeprefix("nats: ").strip("'") if type(error) is nats.errors.Error else type(error).__name__
     return LostError(f"the connection to the broker broke before an acknowledgement came ({words[:_WORDS]})")
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    long, short, character = escape.groups()
+    return character or chr(int(long or short, 16))
 
 
 def _stored(answer: bytes) -> bool:
@@ -392,7 +401,7 @@ def _meaning(answer: Msg, subject: str) -> Result:
     except (ValueError, AttributeError, TypeError, KeyError):
         return DeliveryError("the stream gave an answer that cannot be read")
     words = str(error.get("description", ""))[:_WORDS]
-    if code == _TOO_LARGE:
+    if code in _TOO_LARGE:
         return RejectedError(f"it is too large for the stream: {words}")
     if code in _FULL or status == int(_NO_RESPONDERS):
         return AwayError(f"the stream takes nothing: {words}")

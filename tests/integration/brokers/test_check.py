@@ -24,9 +24,12 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # it has them
 )
 from redis.asyncio import Redis
 
+import cdc
+from cdc import sinks
 from cdc.app import config, delivery
 from cdc.cli import cdc as command
 from cdc.diagnostics.findings import Finding, Severity
+from cdc.testing import change as make_change
 from tests.eventually import eventually_async
 from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer, RabbitServer, RedisServer
 from tests.fix_consumer import consuming, settled, states
@@ -200,6 +203,7 @@ authorization { users = [
   {user: writer, password: hunter, permissions: {publish: ["cdc.>"], subscribe: "_INBOX.>"}},
   {user: names, password: hunter, permissions: {publish: ["cdc.>", "$JS.API.STREAM.NAMES"], subscribe: "_INBOX.>"}},
   {user: other, password: hunter, permissions: {publish: {allow: [">"], deny: ["cdc.x"]}}},
+  {user: stranger, password: hunter, permissions: {publish: ["elsewhere.>"]}},
   {user: unanswered, password: hunter, permissions: {publish: [">"], subscribe: "cdc.>"}},
 ] }
 """
@@ -258,6 +262,24 @@ async def test_a_login_of_nats_to_which_no_answer_comes_makes_dead_letters_that_
         await eventually_async(done, what="every change is processed or dead")
     [[error]] = outbox_db.execute("SELECT DISTINCT last_error FROM entity_changes").fetchall()
     assert error == "the login has no right to subscribe to _INBOX.>, where acknowledgements come"
+
+
+@pytest.mark.parametrize(
+    "entity_type",
+    ["plain", 'q"uote', "back\\slash", "a\\u0041", "\u200djoined", "\u00ad", "\U000e0001", "\ufeffX", "İ"],
+)
+async def test_a_subject_that_the_server_of_nats_writes_in_its_own_way_is_refused_as_others_are(
+    entity_type: str, nats_with_rights: NatsServer
+) -> None:
+    """It quotes the subject as Go does, and its client makes small letters of that."""
+    async with sinks.nats(nats_with_rights.url(), user="stranger", password="hunter", timeout=5) as sink:
+        with pytest.raises(cdc.Retry, match=r"the login has no right to publish to the subject cdc\."):
+            await sink.send(make_change(entity_type))
+    named = {"deliver_types": (entity_type,), "deliver_user": "stranger", "deliver_password": "hunter"}
+    settings = config.from_options({"deliver_to": nats_with_rights.url(), **named})
+    found = await asyncio.to_thread(delivery.examine, settings)
+    assert found is not None
+    assert (found.severity, "has no right to publish" in found.detail) == (Severity.FAIL, True)
 
 
 @pytest.mark.parametrize(

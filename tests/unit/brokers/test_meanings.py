@@ -60,6 +60,7 @@ def _answer(**error: Any) -> Msg:
         ({"code": 503, "err_code": 10_077, "description": "maximum messages exceeded"}, _AWAY),
         ({"code": 503, "err_code": 10_008, "description": "no leader"}, _AWAY),
         ({"code": 400, "err_code": 10_054, "description": "message size exceeds maximum allowed"}, _DEAD),
+        ({"code": 400, "err_code": 10_097, "description": "header size exceeds maximum allowed of 64k"}, _DEAD),
         ({"code": 400, "err_code": 10_071, "description": "wrong last sequence"}, _AGAIN),
     ],
 )
