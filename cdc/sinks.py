@@ -40,7 +40,7 @@ class Payload:
     ``body``: bytes or a text as they are, anything else as JSON. ``to``: another topic, subject, stream or routing key
     than the URL's. ``key``: another one to keep order by than the change's. ``headers`` come on top of those that name
     the change. ``id``: by which the broker or a reader drops doubles, the change's by default; of several messages of
-    one change each needs its own, the same at each attempt.
+    one change each needs its own, the same at each attempt. Both are in the headers, too, in place of the change's.
     """
 
     body: Any
@@ -115,16 +115,28 @@ class Sink:
             return self._encoding.message(change, self._names.name(change))
         name = self._names.name(change) if payload.to is None else self._checked(payload.to)
         message = self._encoding.message(change, name)
-        if not all(text.isprintable() for pair in payload.headers.items() for text in pair):
-            raise ValueError("a header of a payload has control characters in it")
+        _check_texts(payload)
+        if payload.id or payload.key is not None:
+            key = message.key if payload.key is None else payload.key
+            message = self._encoding.identified(message, payload.id or message.id, key)
         headers = {**message.headers, CONTENT_TYPE: payload.content_type, **payload.headers}
-        key = message.key if payload.key is None else payload.key
-        return Message(name, payload.id or message.id, key, _bytes(payload.body), headers)
+        return Message(name, message.id, message.key, _bytes(payload.body), headers)
 
     def _checked(self, name: str) -> str:
         if wrong := self._names.rules.fault(name):
             raise RejectedError(f"the handler's name for it cannot be one: {wrong}")
         return name
+
+
+def _check_texts(payload: Payload) -> None:
+    """Raises TypeError, or ValueError for control characters where a header would have them as they are."""
+    written = [payload.content_type, *payload.headers, *payload.headers.values()]
+    if payload.id is not None:
+        written.append(payload.id)
+    if not all(isinstance(text, str) for text in (*written, payload.key or "")):
+        raise TypeError("the id, the key, the content type and the headers of a payload are texts")
+    if not all(map(str.isprintable, written)):
+        raise ValueError("a header of a payload, its content type or its id has control characters in it")
 
 
 def _bytes(body: Any) -> bytes:

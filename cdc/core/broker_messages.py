@@ -65,6 +65,13 @@ class Encoding:
             headers = {header: quote(text, safe=_PRINTED) for header, text in headers.items()}
         return Message(name, id_, key, body, headers, change.operation is Operation.DELETE)
 
+    def identified(self, message: Message, id_: str, key: str) -> Message:
+        """The message with another id and key, which its headers have, too."""
+        headers = {self._id: id_, self._key: key}
+        if self._percent:
+            headers = {header: quote(text, safe=_PRINTED) for header, text in headers.items()}
+        return message._replace(id=id_, key=key, headers={**message.headers, **headers})
+
     def _time_of(self, change: Change) -> str:
         """Made once for the changes of a transaction, which have it in common and come together."""
         if change.changed_at != self._at:

@@ -51,6 +51,10 @@ class DebeziumEncoding:
             headers["cdc_causedby"] = str(change.caused_by)
         return Message(name, str(change.id), partition_key(change), body, headers, change.operation is Operation.DELETE)
 
+    def identified(self, message: Message, id_: str, key: str) -> Message:
+        """The message with another id, which its header has, too, and key."""
+        return message._replace(id=id_, key=key, headers={**message.headers, "cdc_id": id_})
+
 
 def _milliseconds(moment: datetime) -> int:
     return int(moment.timestamp() * 1_000)

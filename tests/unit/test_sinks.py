@@ -52,6 +52,13 @@ def test_names_and_headers_that_are_none_fail_before_anything_is_sent() -> None:
 
     with pytest.raises(RejectedError, match="the handler's name for it cannot be one: the subject has"):
         asyncio.run(send(sinks.Payload(1, to="a b")))
+    texts: list[Any] = [{"headers": {"hunter": 1}}, {"id": change("x").id}, {"key": 5}, {"content_type": None}]
+    for each in texts:
+        with pytest.raises(TypeError, match=r"^the id, the key, the content type and the headers of a"):
+            asyncio.run(send(sinks.Payload(1, **each)))
+    for each in ({"id": "a\r\nb"}, {"content_type": "a\nb"}, {"headers": {"a\n": "b"}}):
+        with pytest.raises(ValueError, match="control characters"):
+            asyncio.run(send(sinks.Payload(1, **each)))
     with pytest.raises(ValueError, match="control characters") as refused:
         asyncio.run(send(sinks.Payload(1, headers={"hunter": "a\r\nb"})))
     assert "hunter" not in str(refused.value)

@@ -7,6 +7,7 @@ import contextlib
 import json
 from decimal import Decimal
 from typing import Any
+from urllib.parse import unquote
 
 import psycopg
 import pytest
@@ -156,6 +157,32 @@ async def test_several_messages_of_one_change_go_to_names_and_keys_of_their_own(
     assert sorted((each.name, each.key, each.body) for each in found) == [
         (name.format(type="order"), "a", b"a"), (name.format(type="order"), "b", b"b"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("format_", ["structured", "binary"])
+async def test_an_id_and_a_key_of_a_payload_are_those_of_its_headers(format_: str, broker: BrokerServer) -> None:
+    if broker.scheme == "redis" and format_ == "binary":
+        pytest.skip("there is no binary mode for it")
+    await broker.prepare()
+    change = make_change("x")
+    given: dict[str, Any] = {} if broker.scheme == "redis" else {"format": format_}
+    async with _MADE[broker.scheme](broker.url().replace("{type}", "x"), **given) as sink:
+        await sink.send(change, sinks.Payload("a", id=f"{change.id}/1"))
+        await sink.send(change, sinks.Payload("b", id=f"{change.id}/2", key="by\nanother"))
+    found = {each.body: each.headers for each in await broker.received()}
+    prefix = ("ce" if format_ == "binary" else "cdc") + ("_" if broker.scheme == "kafka" else "-")
+    ids = [found[body][f"{prefix}id"] for body in (b"a", b"b")]
+    assert ids == [f"{change.id}/1", f"{change.id}/2"]
+    keys = [unquote(found[body][f"{prefix}partitionkey"]) for body in (b"a", b"b")]
+    assert keys == ["x/1", "by\nanother"]
+
+
+async def test_a_debezium_record_of_a_handler_has_the_id_that_it_is_given(kafka_server: KafkaServer) -> None:
+    await kafka_server.prepare()
+    async with sinks.kafka(kafka_server.url(), format="debezium") as sink:
+        await sink.send(make_change("x"), sinks.Payload("a", id="7/1", key="k"))
+    [found] = await kafka_server.received()
+    assert (found.headers["cdc_id"], found.key) == ("7/1", "k")
 
 
 @pytest.mark.parametrize("password", ["hunter", lambda: "hunter"], ids=["text", "function"])
