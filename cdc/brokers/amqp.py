@@ -12,6 +12,7 @@ published one by one, each on a channel of its own: the first one is shared with
     refused (nack): a queue is full                 away
     no exchange, no right                           again later
     an error of the channel, alone on it            dead
+    its header is no frame that the broker takes    dead
     the connection is lost, no confirmation         away
 """
 
@@ -23,10 +24,11 @@ from collections.abc import Sequence
 
 import aio_pika
 from aio_pika import DeliveryMode
-from aio_pika.abc import AbstractChannel, AbstractConnection
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
 from aio_pika.connection import Connection, make_url
 from aiormq import exceptions, spec
 from pamqp.common import FieldValue
+from pamqp.header import ContentHeader
 
 from cdc.brokers import tls
 from cdc.brokers.acks import Result
@@ -39,6 +41,10 @@ from cdc.runtime.deadline import deadline
 _HEARTBEAT_S = 10
 _REFUSED = spec.Basic.Properties(user_id="nobody, to ask for a right", expiration="none")
 """No user has that name, and an expiration is a number: a login that may be anybody else is refused for that."""
+_SURELY_FITS = 1_000
+"""Characters of headers that no broker's frame is too small for: 4,096 bytes are the least."""
+_FRAME_ENDS = 8
+"""Bytes around the content of a frame."""
 _GUEST = "guest"
 """The login of a server that has no other, which it grants on loopback only."""
 _LOST = (exceptions.AMQPConnectionError, exceptions.ChannelInvalidStateError, OSError, RuntimeError)
@@ -92,7 +98,9 @@ class AmqpSender:
     def _unreached(self, error: BaseException) -> UnreachedError:
         if isinstance(error, exceptions.AuthenticationError | exceptions.ProbableAuthenticationError):
             return UnreachedError(f"{self._target} refuses the login")
-        if isinstance(error, exceptions.ConnectionNotAllowed):
+        # The client has no class for what comes in place of an answer; which one it waited for is in its text.
+        not_opened = isinstance(error, exceptions.InvalidFrameError) and "Connection.OpenOk" in str(error)
+        if not_opened or isinstance(error, exceptions.ConnectionNotAllowed):
             return UnreachedError(f"{self._target} refuses the virtual host {self._virtual_host}")
         cause = next((each for each in (error.__cause__, error.__context__) if isinstance(each, OSError)), error)
         return UnreachedError(f"the broker at {self._target} cannot be reached ({tls.why(cause)})")
@@ -136,7 +144,8 @@ class AmqpSender:
             exchange = await channel.get_exchange(self._exchange, ensure=False)
             async with deadline(timeout_s):
                 found = await asyncio.gather(
-                    *(exchange.publish(_made(message), message.name) for message in messages), return_exceptions=True
+                    *(_publish(exchange, message, _frame_max(connection)) for message in messages),
+                    return_exceptions=True,
                 )
         except TimeoutError:
             why = ": it has an alarm about its memory or its disk" if await _blocked(connection) else ""
@@ -147,7 +156,7 @@ class AmqpSender:
         if ended is not None:  # what the others got is only that the channel went with it
             found = [ended if isinstance(each, exceptions.ChannelInvalidStateError) else each for each in found]
         return [
-            _meaning(each, message.name) if isinstance(each, BaseException) else None
+            _result(each, message.name) if isinstance(each, BaseException) else None
             for each, message in zip(found, messages, strict=True)
         ]
 
@@ -212,6 +221,24 @@ async def _blocked(connection: AbstractConnection) -> bool:
     return False
 
 
+def _frame_max(connection: AbstractConnection) -> int:
+    """Bytes. 0: no limit."""
+    return connection.transport.connection.connection_tune.frame_max if connection.transport else 0
+
+
+async def _publish(exchange: AbstractExchange, message: Message, frame_max: int) -> None:
+    """Raises RejectedError for one whose header the client cannot write, or that would end the connection."""
+    made = _made(message)
+    try:
+        if sum(len(text) for pair in message.headers.items() for text in pair) > _SURELY_FITS:
+            size = len(ContentHeader(body_size=len(message.body), properties=made.properties).marshal()) + _FRAME_ENDS
+            if 0 < frame_max < size:
+                raise RejectedError(f"its headers are too large: {size} bytes, and the broker takes {frame_max}")
+        await exchange.publish(made, message.name)
+    except (TypeError, ValueError) as error:  # such as an id of more than 255 bytes
+        raise RejectedError(f"its id or a header cannot be written ({type(error).__name__})") from error
+
+
 def _made(message: Message) -> aio_pika.Message:
     headers: dict[str, FieldValue] = {**message.headers}
     return aio_pika.Message(
@@ -221,6 +248,10 @@ def _made(message: Message) -> aio_pika.Message:
         message_id=message.id,
         delivery_mode=DeliveryMode.PERSISTENT,
     )
+
+
+def _result(error: BaseException, name: str) -> Result:
+    return error if isinstance(error, RejectedError) else _meaning(error, name)
 
 
 def _meaning(error: BaseException, name: str) -> Result:

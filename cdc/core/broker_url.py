@@ -173,9 +173,19 @@ def parse(text: str) -> BrokerTarget:
         dict(_options(query, protocol, tls=tls)) if question else {},
     )
     target.names()
+    if scheme == "amqp":
+        _check_virtual_host(target.places[0])
     if scheme == "redis" and _number(target.places[0], _DATABASE_MAX) is None:
         raise ValueError(f"the database is a number up to {_DATABASE_MAX}, as in {protocol.example}")
     return target
+
+
+def _check_virtual_host(name: str) -> None:
+    """The client writes it as the path of a URL, which would be another one for these."""
+    if not name:
+        raise ValueError("the virtual host of this URL is empty; / is %2F")
+    if "%2F" in name or {".", ".."} & set(name.split("/")):
+        raise ValueError("the virtual host of this URL has a part that the client cannot write: %2F, . or ..")
 
 
 def _decoded(part: str) -> str:
@@ -215,6 +225,8 @@ def _options(query: str, protocol: BrokerProtocol, *, tls: bool) -> Iterator[tup
         raise ValueError("the options of this URL cannot be read; write ?NAME=VALUE&NAME=VALUE") from None
     if len(pairs) > len(dict(pairs)):
         raise ValueError("an option of this URL is given twice")
+    if "key" in dict(pairs) and "cert" not in dict(pairs) and tls:
+        raise ValueError("the option key is that of a certificate, the option cert")
     for name, value in pairs:
         if name not in known:
             without = "" if tls or name not in _TLS_FILES else "; ca, cert and key are for TLS, a scheme with +tls"

@@ -88,13 +88,15 @@ class NameTemplate:
         return [*dict.fromkeys(filter(None, map(self.known, types or ("",))))]
 
     def name(self, change: Change) -> str:
-        """Raises RejectedError for one that is too long."""
+        """Raises RejectedError for one that is too long, or none as a whole: a topic of a dot, a subject of ``$JS``."""
         parts = (change.entity_type, change.table_schema, change.table, change.operation.lower())
         found = self._names.get(parts)
         if found is None:
             found = self._made(*parts)
             if len(found.encode()) > self.rules.bytes_max:
                 raise RejectedError(f"its {self.rules.kind} would be longer than {self.rules.bytes_max} bytes")
+            if self.rules.wrong.search(found):  # as a whole: each value is right by itself
+                raise RejectedError(f"its {self.rules.kind} has characters that are not allowed there")
             if len(self._names) < _REMEMBERED:
                 self._names[parts] = found
         return found

@@ -126,6 +126,43 @@ async def test_a_message_that_the_client_of_nats_cannot_write_is_rejected_and_is
     assert len(await nats_server.received()) == 1
 
 
+@pytest.mark.parametrize(
+    "payload",
+    [
+        sinks.Payload("x", id="i" * 300),
+        sinks.Payload("x", content_type="t" * 300),
+        sinks.Payload("x", headers={"a": "x" * 200_000}),
+        sinks.Payload("x", headers={f"h{n}": "" for n in range(30_000)}),
+        sinks.Payload("x", key="k" * 200_000),
+    ],
+    ids=["id", "content type", "header", "headers", "key"],
+)
+async def test_a_message_whose_header_rabbitmq_cannot_have_is_rejected_and_takes_no_other_with_it(
+    payload: sinks.Payload, rabbit_server: RabbitServer
+) -> None:
+    await rabbit_server.prepare()
+    first, second, third = (make_change("x", entity_id=f"k{n}") for n in range(3))
+    async with sinks.amqp(rabbit_server.url("x")) as sink:
+        made = {second: payload}
+        with pytest.raises(cdc.Failed) as failed:
+            await sink.send_batch([first, second, third], lambda each: made.get(each, sinks.Payload("fits")))
+        [error] = failed.value.errors.values()
+        assert isinstance(error, cdc.Reject)
+        await sink.send(third, sinks.Payload("x", headers={"a": "x" * 100_000}))
+    assert [each.body for each in await rabbit_server.received()] == [b"fits", b"fits", b"x"]
+
+
+@pytest.mark.parametrize("host", ["missing", "forbidden"])
+async def test_a_virtual_host_of_rabbitmq_that_is_not_there_or_not_ours_is_the_reason(
+    host: str, rabbit_server: RabbitServer
+) -> None:
+    if host == "forbidden":
+        await asyncio.to_thread(rabbit_server.control, "add_vhost", host)
+    async with sinks.amqp(f"amqp://{rabbit_server.address}/{host}/x/k") as sink:
+        with pytest.raises(cdc.Unavailable, match=f"refuses the virtual host {host}$"):
+            await sink.send(make_change("x"))
+
+
 async def test_an_operator_who_closes_the_connections_of_rabbitmq_is_the_reason(rabbit_server: RabbitServer) -> None:
     await rabbit_server.prepare(limits={"x-max-length": 100})
     sender = AmqpSender(broker_url.parse(rabbit_server.url("x")), Login())

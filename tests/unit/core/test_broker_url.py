@@ -73,6 +73,11 @@ def test_a_url_has_servers_places_a_template_and_options(
         ("kafka://h/a:b", "the topic has characters that are not allowed there"),
         ("kafka://h/..", "the topic has characters that are not allowed there"),
         ("kafka://h/x?sasl=MD5", "the option sasl is one of PLAIN, SCRAM-SHA-256, SCRAM-SHA-512, OAUTHBEARER"),
+        ("amqp://h//ex/x", "the virtual host of this URL is empty; / is %2F"),
+        ("amqp://h/%252F/ex/x", "the virtual host of this URL has a part that"),
+        ("amqp://h/%2E%2E/ex/x", "the virtual host of this URL has a part that"),
+        ("amqp://h/a%2F../ex/x", "the virtual host of this URL has a part that"),
+        ("kafka+tls://h/x?key=/f", "the option key is that of a certificate, the option cert"),
         ("amqp://h/exchange/key", "input should be a URL such as amqp://"),
         ("redis://h/cdc", "input should be a URL such as redis://"),
         ("redis://h/x/cdc", "the database is a number"),
@@ -129,7 +134,7 @@ def test_what_is_no_broker_is_left_to_http(text: str) -> None:
 
 
 def test_a_message_shows_no_option() -> None:
-    assert str(broker_url.parse("nats+tls://h/x?key=/hunter")) == "nats+tls://h:4222/x"
+    assert str(broker_url.parse("nats+tls://h/x?cert=/c&key=/hunter")) == "nats+tls://h:4222/x"
     assert str(broker_url.parse("amqp://h/%2F//x")) == "amqp://h:5672/%2F//x"
 
 
@@ -153,6 +158,21 @@ def test_a_name_that_is_too_long_rejects_its_change() -> None:
     names = broker_url.parse("nats://h/cdc.{type}").names()
     with pytest.raises(RejectedError, match="longer than 1024 bytes"):
         names.name(make_change("x" * 1_100))
+
+
+@pytest.mark.parametrize(
+    ("template", "entity_type", "why"),
+    [
+        ("kafka://h/{type}", ".", "its topic has characters that are not allowed there"),
+        ("kafka://h/{type}", "..", "its topic has characters that are not allowed there"),
+        ("nats://h/{type}.{operation}", "$JS", "its subject has characters that are not allowed there"),
+    ],
+)
+def test_a_name_that_is_none_as_a_whole_rejects_its_change_each_time(template: str, entity_type: str, why: str) -> None:
+    names = broker_url.parse(template).names()
+    for _ in range(2):
+        with pytest.raises(RejectedError, match=f"^{why}"):
+            names.name(make_change(entity_type))
 
 
 @given(st.text(min_size=1, max_size=50))
