@@ -72,6 +72,23 @@ _DENIED = "authorization violation"
 """All that the protocol says about a refused message or login: it has no codes."""
 
 
+class _NoTlsError(nats.errors.Error):
+    pass
+
+
+class _TlsClient(Client):
+    """One that says nothing without TLS: the library's goes on without where the server does not demand it (2.16), and
+    whoever is on the way can take that out of what the server says.
+    """
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if initial_connection:
+            if not (info.get("tls_required") or info.get("tls_available")):
+                raise _NoTlsError
+            info["tls_required"] = True
+        await super()._process_info(info, initial_connection)
+
+
 class NatsSender:
     def __init__(self, target: BrokerTarget, login: Login) -> None:
         self._target = target
@@ -97,7 +114,7 @@ class NatsSender:
             options |= {"user": self._login.user, "password": password}
         elif password is not None:
             options["token"] = password
-        connection = _Connection()
+        connection = _Connection(_TlsClient() if self._target.tls else Client())
         async with contextlib.AsyncExitStack() as unless_connected:
             # Its failed attempt leaves the socket open.
             unless_connected.push_async_callback(connection.close, LostError(_CLOSED))
@@ -113,7 +130,8 @@ class NatsSender:
             return UnreachedError(f"{self._target} refuses the login")
         # No servers left is what it ends with; the callback got the reason.
         cause = failure if isinstance(error, nats.errors.NoServersError) and failure else error
-        return UnreachedError(f"the broker at {self._target} cannot be reached ({tls.why(cause)})")
+        why = "it has no TLS" if isinstance(cause, _NoTlsError) else tls.why(cause)
+        return UnreachedError(f"the broker at {self._target} cannot be reached ({why})")
 
     async def send(self, messages: Sequence[Message], timeout_s: float) -> list[Result]:
         connection = self._connection
@@ -160,8 +178,8 @@ class NatsSender:
 class _Connection:
     """A client, and what is under way on it. Made on the event loop."""
 
-    def __init__(self) -> None:
-        self.client = Client()
+    def __init__(self, client: Client) -> None:
+        self.client = client
         self.failure: Exception | None = None
         """The last error that the client has reported."""
         self._inbox = ""

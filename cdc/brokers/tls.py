@@ -10,6 +10,15 @@ from cdc.core.broker_url import BrokerTarget
 from cdc.core.deliveries import UnreachedError
 
 
+class _PassphraseError(Exception):
+    pass
+
+
+def _passphrase() -> str:
+    """Asked for where the key has one, in place of the terminal, which would keep the event loop waiting."""
+    raise _PassphraseError
+
+
 def context(target: BrokerTarget) -> ssl.SSLContext | None:
     """None without TLS. The files are read at each connection, as certificates are replaced while a consumer runs.
 
@@ -21,7 +30,9 @@ def context(target: BrokerTarget) -> ssl.SSLContext | None:
     try:
         made = ssl.create_default_context(cafile=options.get("ca"))
         if "cert" in options:
-            made.load_cert_chain(options["cert"], options.get("key"))
+            made.load_cert_chain(options["cert"], options.get("key"), _passphrase)
+    except _PassphraseError:
+        raise UnreachedError(f"a certificate for {target} cannot be read (its key has a passphrase)") from None
     except (OSError, ssl.SSLError) as error:
         raise UnreachedError(f"a certificate for {target} cannot be read ({_reason(error)})") from error
     return made

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from string import ascii_letters, digits, hexdigits
 from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
@@ -19,6 +20,7 @@ from cdc.core.name_template import ChosenNames, NameFunction, NameRules, Names, 
 STRUCTURED, BINARY, DEBEZIUM = "structured", "binary", "debezium"
 _IN_HOSTS = frozenset(ascii_letters + digits + "._-")
 _IN_ADDRESSES = frozenset(hexdigits + ":.")
+_HOST_MAX, _LABEL_MAX = 253, 63
 _BROKEN_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 _TLS_FILES = ("ca", "cert", "key")
 _DATABASE_MAX = 2**31 - 1
@@ -209,11 +211,25 @@ def _servers(hosts: str, protocol: BrokerProtocol) -> Iterator[str]:
         bracket = each.rfind("]") + 1
         colon = each.find(":", bracket)
         host, port = (each, str(protocol.port)) if colon < 0 else (each[:colon], each[colon + 1 :])
-        name, allowed = (host[1:-1], _IN_ADDRESSES) if bracket and host.startswith("[") else (host, _IN_HOSTS)
+        is_host = _is_address(host[1:-1]) if bracket and host.startswith("[") else _is_host(host)
         number = int(port[:6]) if port.isascii() and port.isdecimal() else 0
-        if not name or set(name) - allowed or not 0 < number < 65_536:
+        if not is_host or not 0 < number < 65_536:
             raise ValueError("the host or the port of this URL cannot be read")
         yield f"{host}:{port}"
+
+
+def _is_host(text: str) -> bool:
+    """A name, as a resolver takes it, or an address."""
+    labels = text.removesuffix(".").split(".")
+    return not set(text) - _IN_HOSTS and len(text) <= _HOST_MAX and all(0 < len(each) <= _LABEL_MAX for each in labels)
+
+
+def _is_address(text: str) -> bool:
+    """Of IPv6, without a zone."""
+    try:
+        return not set(text) - _IN_ADDRESSES and bool(IPv6Address(text))
+    except ValueError:
+        return False
 
 
 def _options(query: str, protocol: BrokerProtocol, *, tls: bool) -> Iterator[tuple[str, str]]:

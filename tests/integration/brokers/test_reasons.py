@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -113,6 +115,43 @@ async def test_a_server_of_nats_that_goes_while_the_client_has_something_to_send
     assert {str(each).partition("(")[0] for each in results} == {
         "the connection to the broker broke before an acknowledgement came "
     }
+
+
+@pytest.mark.parametrize("offers", [False, True])
+async def test_a_server_of_nats_is_told_nothing_without_tls_where_its_url_asks_for_it(offers: bool) -> None:
+    """Whoever is on the way could say that there is none."""
+    heard = asyncio.get_running_loop().create_future()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"INFO " + json.dumps({**json.loads(_INFO), "tls_available": offers}).encode() + b"\r\n")
+        heard.set_result(await reader.read(1))
+        writer.transport.abort()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        target = broker_url.parse(f"nats+tls://127.0.0.1:{port}/cdc.x")
+        with pytest.raises(UnreachedError) as unreached:
+            await NatsSender(target, Login("app", lambda: "hunter")).connect()
+        first = await asyncio.wait_for(heard, 30.0)
+    handshake = b"\x16"
+    assert first == (handshake if offers else b"")
+    assert ("it has no TLS" in unreached.value.summary) != offers
+
+
+@pytest.mark.parametrize("scheme", PROTOCOLS)
+async def test_a_key_with_a_passphrase_is_the_reason_and_nobody_is_asked_for_it(
+    scheme: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The terminal of the process would be, while the event loop stands still."""
+    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-days", "1", "-passout", "pass:hunter", "-subj"]
+    files = ["/CN=x", "-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]
+    await asyncio.to_thread(subprocess.run, [*request, *files], check=True, capture_output=True)
+    options = f"cert={tmp_path}/cert.pem&key={tmp_path}/key.pem"
+    target = broker_url.parse(f"{scheme}+tls://127.0.0.1:1/{_PATHS[scheme]}?{options}")
+    capfd.readouterr()
+    with pytest.raises(UnreachedError, match=r"a certificate for .* cannot be read \(its key has a passphrase\)$"):
+        await clients.sender(target, Login()).connect()
+    assert "".join(capfd.readouterr()) == ""
 
 
 async def test_a_message_that_the_client_of_nats_cannot_write_is_rejected_and_is_no_outage(

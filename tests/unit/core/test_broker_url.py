@@ -73,6 +73,10 @@ def test_a_url_has_servers_places_a_template_and_options(
         ("kafka://h/a:b", "the topic has characters that are not allowed there"),
         ("kafka://h/..", "the topic has characters that are not allowed there"),
         ("kafka://h/x?sasl=MD5", "the option sasl is one of PLAIN, SCRAM-SHA-256, SCRAM-SHA-512, OAUTHBEARER"),
+        *(
+            (f"nats://{host}/x", "the host or the port of this URL cannot be read")
+            for host in ("a..b", ".a", ".", f"{'a' * 64}.b", "a." * 130, "[:]", "[::1::]", "[12345::]", "[127.0.0.1]")
+        ),
         ("amqp://h//ex/x", "the virtual host of this URL is empty; / is %2F"),
         ("amqp://h/%252F/ex/x", "the virtual host of this URL has a part that"),
         ("amqp://h/%2E%2E/ex/x", "the virtual host of this URL has a part that"),
