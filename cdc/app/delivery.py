@@ -97,15 +97,19 @@ def examine(settings: Settings) -> Finding | None:
     to = settings.deliver.to
     if to is None or not broker_url.is_broker(to):
         return None
-    target = broker_url.parse(to)
+    target, types = broker_url.parse(to), settings.deliver.types or ()
+    names = target.names().all_known(types)
     try:
-        said = asyncio.run(_look(_publisher(settings, target), target.names().all_known(settings.deliver.types or ())))
+        said = asyncio.run(_look(_publisher(settings, target), names))
     except UsageError as error:
         return fail(str(error), error.hint)
     except UnreachedError as error:
         return fail(error.summary, _REACHABLE)
     except DeliveryError as error:
         return fail(error.summary, error.hint or "correct deliver.to, or the broker")
+    if not names:
+        more = "cdc smoke tries one" if types else "name types with --type"
+        said = [f"its {target.protocol.rules.kind} depends on the change, and was not looked at: {more}"]
     return ok("; ".join((f"{target} is reached", *said)))
 
 

@@ -101,7 +101,12 @@ class RedisSender:
         return client
 
     def _unreached(self, error: BaseException) -> UnreachedError:
-        if isinstance(error, exceptions.AuthenticationError | exceptions.NoPermissionError):
+        if isinstance(error, exceptions.NoPermissionError):
+            return UnreachedError(
+                f"{self._target}: the login lacks a right to begin with: +client|setname, and +select for another"
+                " database than 0"
+            )
+        if isinstance(error, exceptions.AuthenticationError):
             return UnreachedError(f"{self._target} refuses the login")
         cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
         return UnreachedError(f"the broker at {self._target} cannot be reached ({tls.why(cause)})")
@@ -122,7 +127,10 @@ class RedisSender:
         finally:
             if client is not self._client:  # one that was given up connects again for whoever still uses it
                 await _closed(client)
-        if self._replicas and not _confirmed(replies.pop(), self._replicas):
+        confirmed = replies.pop() if self._replicas else 0
+        if isinstance(confirmed, exceptions.NoPermissionError):
+            return [_no_wait()] * len(messages)
+        if self._replicas and not _confirmed(confirmed, self._replicas):
             return [AwayError(f"fewer than {self._replicas} replicas have confirmed it")] * len(messages)
         return [_meaning(reply) if isinstance(reply, Exception) else None for reply in replies]
 
@@ -147,14 +155,25 @@ class RedisSender:
         assert self._client is not None
         streams = [name] if self._partitions == 1 else [f"{name}:{each}" for each in range(self._partitions)]
         try:
-            kinds = {await self._client.type(stream) for stream in streams}
-            lengths = [await self._client.xlen(stream) for stream in streams]
+            found = await self._looked(self._client, name, streams)
+            if self._replicas:
+                await self._client.wait(0, 1)
+        except exceptions.NoPermissionError:
+            raise _no_wait() from None
         except (exceptions.RedisError, OSError) as error:
             raise DeliveryError(f"the stream {name} cannot be looked at ({type(error).__name__})") from error
-        if kinds - {b"stream", b"none"}:
-            raise DeliveryError(f"{name} is there, and is no stream")
         for stream in streams:
             await self._check_right(self._client, stream)
+        return found
+
+    async def _looked(self, client: Redis, name: str, streams: Sequence[str]) -> str:
+        try:
+            kinds = {await client.type(stream) for stream in streams}
+            if kinds - {b"stream", b"none"}:
+                raise DeliveryError(f"{name} is there, and is no stream")
+            lengths = [await client.xlen(stream) for stream in streams]
+        except exceptions.NoPermissionError:
+            return f"the login may append to {name}; what is there: not known, the login may not ask (TYPE, XLEN)"
         there = "" if b"stream" in kinds else ", which the first entry makes"
         limit = f"about the last {self._maxlen} stay" if self._maxlen else "nothing limits its length (maxlen)"
         return f"{name} is a stream of {sum(lengths)} entries{there}; {limit}"
@@ -182,13 +201,22 @@ class RedisSender:
 
 
 async def _ping(client: Redis) -> None:
-    ping: Any = client.execute_command  # the library does not say what it takes
-    await ping("PING")
+    """Raises NoPermissionError where the login may not begin; the right to PING itself is not needed."""
+    pool: Any = client.connection_pool  # the library does not say what it takes, nor what execute_command does
+    await pool.release(await pool.get_connection())
+    ping: Any = client.execute_command
+    with contextlib.suppress(exceptions.NoPermissionError):
+        await ping("PING")
 
 
 async def _closed(client: Redis) -> None:
     with contextlib.suppress(exceptions.RedisError, OSError):
         await client.aclose()
+
+
+def _no_wait() -> DeliveryError:
+    hint = "ACL SETUSER NAME +wait"
+    return DeliveryError("the login has no right to wait for replicas, as the option wait does", hint=hint)
 
 
 def _confirmed(found: object, replicas: int) -> bool:

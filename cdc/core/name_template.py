@@ -78,13 +78,16 @@ class NameTemplate:
             raise ValueError(wrong)
 
     def known(self, entity_type: str) -> str | None:
-        """The name for all changes of the type; None if more decides, or the type is "" and it decides."""
-        if self._fields - {"type"} or ("type" in self._fields and not entity_type):
+        """The name for all changes of the type, or for an INSERT of it where the operation decides, too.
+
+        None if the table decides, or the type is "" and it decides.
+        """
+        if self._fields - {"type", "operation"} or ("type" in self._fields and not entity_type):
             return None
-        return self._made(entity_type or "_", "_", "_", "_")
+        return self._made(entity_type or "_", "_", "_", "insert")
 
     def all_known(self, types: Sequence[str]) -> list[str]:
-        """The names for all changes of these types (none: of any type), where a type decides."""
+        """See ``known``: of these types (none: of any type), each once."""
         return [*dict.fromkeys(filter(None, map(self.known, types or ("",))))]
 
     def name(self, change: Change) -> str:

@@ -73,6 +73,20 @@ def test_a_smoke_test_to_what_is_not_there_fails_with_the_reason(broker: BrokerS
     assert "create" in said.output or "declare" in said.output, said.output
 
 
+async def test_the_doctor_looks_at_what_an_insert_would_go_to_and_says_where_the_name_is_not_known(
+    nats_server: NatsServer,
+) -> None:
+    found = await asyncio.to_thread(_found, nats_server.url("cdc.{type}.{operation}"))
+    assert (found.severity, found.detail.partition(": ")[0]) == (
+        Severity.FAIL, "no stream of JetStream takes the subject cdc.x.insert",
+    )  # fmt: skip
+    found = await asyncio.to_thread(_found, nats_server.url("cdc.{schema}.{type}"))
+    assert found.severity is Severity.OK
+    assert found.detail.endswith("its subject depends on the change, and was not looked at: cdc smoke tries one")
+    found = await asyncio.to_thread(partial(_found, nats_server.url(), deliver_types=None))
+    assert found.detail.endswith("its subject depends on the change, and was not looked at: name types with --type")
+
+
 @pytest.mark.parametrize("arguments", [(), ("--deliver-to", "http://127.0.0.1:1/")], ids=["nothing", "http"])
 def test_a_smoke_test_without_a_broker_is_a_usage_error(arguments: tuple[str, ...]) -> None:
     said = _smoke(*arguments)
@@ -118,8 +132,8 @@ async def test_a_broker_that_is_away_at_the_start_is_waited_for_and_then_looked_
 _APP: dict[str, Any] = {"deliver_user": "app", "deliver_password": "hunter"}
 
 
-def _found(url: str, **login: str) -> Finding:
-    found = delivery.examine(config.from_options({"deliver_to": url, "deliver_types": ("x",), **login}))
+def _found(url: str, **settings: Any) -> Finding:
+    found = delivery.examine(config.from_options({"deliver_to": url, "deliver_types": ("x",), **settings}))
     assert found is not None
     return found
 
@@ -348,6 +362,38 @@ async def test_the_doctor_looks_at_a_queue_of_rabbitmq_by_its_name(rabbit_server
     found = await asyncio.to_thread(_found, f"amqp://{rabbit_server.address}/%2F//{queue}")
     assert found.severity is Severity.OK
     assert found.detail.endswith(f"{queue} is a queue of 0 messages, with 0 consumers")
+
+
+_APPENDS = "+xadd +client|setname"
+"""What a login of Redis needs."""
+
+
+@pytest.mark.parametrize(
+    ("rights", "options", "severity", "detail"),
+    [
+        (f"{_APPENDS} +ping +type +xlen", "", Severity.OK, "cdc:x is a stream of 0 entries"),
+        (_APPENDS, "", Severity.OK, "the login may append to cdc:x; what is there: not known, the login may not ask"),
+        (f"{_APPENDS} +wait", "?wait=1", Severity.OK, "the login may append to cdc:x; what is there: not known"),
+        (_APPENDS, "?wait=1", Severity.FAIL, "the login has no right to wait for replicas"),
+        ("+xadd", "", Severity.FAIL, "the login lacks a right to begin with: +client|setname"),
+    ],
+)
+async def test_a_login_of_redis_that_may_append_and_no_more_is_enough(
+    rights: str, options: str, severity: Severity, detail: str, redis_server: RedisServer
+) -> None:
+    async with Redis(port=redis_server.port) as client:
+        await client.execute_command("ACL", "SETUSER", "writer", "on", ">hunter", "~cdc:*", *rights.split())
+    login: dict[str, Any] = {"user": "writer", "password": "hunter"}
+    url = f"{redis_server.url()}{options}"
+    found = await asyncio.to_thread(partial(_found, url, **{f"deliver_{name}": each for name, each in login.items()}))
+    assert (found.severity, detail in found.detail) == (severity, True), found.detail
+    assert (found.remedy == "ACL SETUSER NAME +wait") == ("wait" in found.detail)
+    async with sinks.redis(url, **login) as sink:
+        if options:  # there is no replica, which is an outage, and no fault of the login
+            with pytest.raises(cdc.Unavailable if severity is Severity.OK else cdc.Retry):
+                await sink.send(make_change("x"))
+        elif severity is Severity.OK:
+            await sink.send(make_change("x"))
 
 
 async def test_the_doctor_says_whether_redis_would_take_an_entry_and_writes_none(redis_server: RedisServer) -> None:

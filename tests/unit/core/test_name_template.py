@@ -55,3 +55,20 @@ def test_where_a_function_chooses_no_name_is_known_before_a_change_comes() -> No
     target = broker_url.parse(_URLS["kafka"])
     assert target.names().all_known(["order"]) == ["cdc.order"]
     assert target.names(lambda _: "x").all_known(["order"]) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "types", "names"),
+    [
+        ("shop.{type}.{operation}", ["order", "task"], ["shop.order.insert", "shop.task.insert"]),
+        ("shop.{operation}", [], ["shop.insert"]),
+        ("shop", [], ["shop"]),
+        ("shop.{type}", [], []),
+        ("shop.{schema}.{type}", ["order"], []),
+        ("shop.{table}.{operation}", ["order"], []),
+    ],
+)
+def test_an_operation_is_that_of_an_insert_before_a_change_comes_and_a_table_is_not_known(
+    template: str, types: list[str], names: list[str]
+) -> None:
+    assert broker_url.parse(f"nats://h/{template}").names().all_known(types) == names
