@@ -120,7 +120,8 @@ class NatsSender:
             unless_connected.push_async_callback(connection.close, LostError(_CLOSED))
             try:
                 await connection.open(f"{'tls' if self._target.tls else 'nats'}://{server}", options)
-            except (OSError, nats.errors.Error, ValueError) as error:
+            # The last two: what should be the server's information is none.
+            except (OSError, nats.errors.Error, ValueError, AttributeError, TypeError) as error:
                 raise self._unreached(error, connection.failure) from error
             unless_connected.pop_all()
         return connection

@@ -138,6 +138,23 @@ async def test_a_server_of_nats_is_told_nothing_without_tls_where_its_url_asks_f
     assert ("it has no TLS" in unreached.value.summary) != offers
 
 
+@pytest.mark.parametrize("scheme", ["nats", "nats+tls"])
+@pytest.mark.parametrize("information", ["[]", "null", "3", "{", "hello"])
+async def test_a_server_of_nats_that_says_what_is_no_information_cannot_be_reached(
+    information: str, scheme: str
+) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(f"INFO {information}\r\n".encode())
+        await reader.read()
+        writer.transport.abort()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        target = broker_url.parse(f"{scheme}://127.0.0.1:{port}/cdc.x")
+        with pytest.raises(UnreachedError, match="cannot be reached"):
+            await NatsSender(target, Login()).connect()
+
+
 @pytest.mark.parametrize("scheme", PROTOCOLS)
 async def test_a_key_with_a_passphrase_is_the_reason_and_nobody_is_asked_for_it(
     scheme: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
