@@ -242,15 +242,17 @@ s.next_attempt_at = '-infinity' AND s.dead_at IS NULL
 
 -- name: settle_processed
 -- Fresh changes that are processed. The first session to settle one wins, and the count shows it: its row is there, or
--- the position has passed it. The positions are read together: they stand beside each other, and a change each would be a
--- search each.
+-- the position has passed it. For many changes all positions are read at once: they stand beside each other, and a search
+-- for each change would take longer. Not for a few: while an old snapshot is held, each position has many versions.
 WITH at AS MATERIALIZED (
   SELECT ARRAY(SELECT p.seq FROM {positions} AS p WHERE p.subscription = %(subscription)s::smallint ORDER BY p.shard) AS seqs
 ), done AS (
   INSERT INTO {subscription_changes} AS s (seq, subscription, shard)
   SELECT want.seq, %(subscription)s::smallint, want.shard
   FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
-  WHERE want.seq > (SELECT at.seqs FROM at WHERE cardinality(at.seqs) = %(shards_max)s + 1)[want.shard + 1]
+  WHERE want.seq > CASE WHEN cardinality(%(seqs)s::bigint[]) > %(shards_max)s
+    THEN (SELECT at.seqs FROM at WHERE cardinality(at.seqs) = %(shards_max)s + 1)[want.shard + 1]
+    ELSE {position} END
   ON CONFLICT (subscription, seq) DO UPDATE
     SET next_attempt_at = NULL, type_hash = NULL, key_hash = NULL, tried = NULL
     WHERE {recorded}
