@@ -52,8 +52,9 @@ _FULL = {10_023, 10_028, 10_047, 10_077}
 """Error codes of JetStream: no resources, no memory or storage left for the account, and a stream at its limits."""
 _TOO_LARGE = {10_054, 10_097}
 """The message, and its headers alone."""
-_VIOLATION = re.compile(r'permissions violation for publish to "((?:[^"\\]|\\.)*)"')
-"""The subject is quoted as Go quotes a text, and the client has made small letters of all."""
+_VIOLATION = 'permissions violation for publish to "'
+_QUOTED = re.compile(r'\A((?:[^"\\]|\\.)*)"')
+"""What follows, the subject: as Go quotes a text, and the client has made small letters of all."""
 _ESCAPE = re.compile(r"\\(?:u(00(?:0[1-9a-f]|10)[0-9a-f]{4})|u([0-9a-f]{4})|(.))")
 """One of eight digits, whose ``U`` was large, begins as no other does: a control character has ``x``."""
 _NOT_SUBSCRIBED = 'permissions violation for subscription to "'
@@ -292,7 +293,8 @@ class _Connection:
             )
             for acks, _ in self._open.values():
                 acks.lost(self._unanswered)
-        if found := _VIOLATION.search(said):
+        _, _, rest = said.partition(_VIOLATION)
+        if found := _QUOTED.match(rest):
             self._refuse(_ESCAPE.sub(_unescaped, found[1]))
 
     def _refuse(self, subject: str) -> None:
