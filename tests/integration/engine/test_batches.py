@@ -107,6 +107,34 @@ async def test_a_batch_that_is_not_full_lingers_for_more(outbox: str, outbox_db:
     assert sizes == [4]
 
 
+async def test_what_is_called_together_has_no_more_than_four_megabytes_of_documents(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, sizes, all_there = Router(), list[int](), asyncio.Event()
+
+    @router.on("x", batch=50)
+    async def handle(changes: list[cdc.Change]) -> None:
+        await all_there.wait()
+        sizes.append(sum(change.size for change in changes))
+
+    async with consuming(outbox, router, concurrency=1, drain_time=30) as app:
+        _publish(outbox_db, 1, 1)
+        outbox_db.execute(
+            "SELECT publish_change('x', 'large ' || n, 'INSERT', jsonb_build_object('text', repeat('x', 600000)))"
+            " FROM generate_series(1, 20) AS n"
+        )
+
+        async def they_wait() -> bool:
+            return app.status.consumer.running + app.status.consumer.queued == 21
+
+        await eventually_async(they_wait)
+        all_there.set()
+        await _all_settled(outbox_db)
+    assert max(sizes) <= 4 << 20
+    assert sum(sizes) > 20 * 600_000
+    assert max(sizes) > 6 * 600_000, "as many as there is room for"
+
+
 async def test_a_batch_can_fail_some_of_its_changes_and_the_rest_is_done(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
