@@ -24,7 +24,6 @@ were seen and not admitted. Only a ``KeyRead`` that starts there admits them. Th
 was: a waiting change, a full queue, or a pause of the key. A change for which neither this bounded memory nor the
 window has room is *rejected*, and its type and shard are read again from there. So is one whose type a pause *holds*,
 and one that is *barred*: a TRUNCATE of its type comes before it, or is this one. Nothing is remembered of these.
-
 A read may be older than a settle that came after it began: ``admit`` corrects its rows by the ``ReadReconciler``.
 
 A consumer that lost its session has lost its shards. ``lost`` keeps the handlers that still run, whose keys are shut
@@ -328,7 +327,8 @@ class KeyScheduler:
         Returns what is to be written, in that order: neither what a handler has committed, nor the changes of orphans.
         """
         self.ready_queues.ended(map(_CHANGE, batch))
-        to_settle, committed = list[Settlement](), list[Settlement]()
+        to_settle: list[Settlement] = []
+        committed: list[Settlement] = []
         places: dict[str, int] = {}
         for finished in batch:
             change, outcome = finished

@@ -306,7 +306,9 @@ class Executor:
             outcome = self._error_policy.of_call(handler, [change], {change.seq: failure}, took_s).get(change)
         elif self._troubled:
             self.breakers.succeeded(handler.name)
-        if outcome is not None:
+        if outcome is _PROCESSED:
+            self._metrics.handled(change.entity_type, handler.name, "processed")
+        elif outcome is not None:
             self._count(handler, {change: outcome})
         failpoints.here("run.after_handler")
         return outcome

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
+from cdc.core.fast_change import fast_make
 from cdc.core.latest import Latest
 from cdc.core.lost_transactions import LostCalls
 from cdc.core.model import Change
@@ -25,6 +26,7 @@ from cdc.engine.timeouts import TimeLimit
 from cdc.engine.transactions import MixedCausesError, Ran, Transactions
 
 _T = TypeVar("_T")
+_RUN = fast_make(Run)
 
 log = logging.getLogger("cdc.handlers")
 
@@ -70,12 +72,12 @@ class HandlerCalls:
         job = self._jobs.get(change.seq)
         return job is not None and job.started_at is not None
 
-    async def within_limit(
+    def within_limit(
         self, handler: Handler, changes: Sequence[Change], call: Awaitable[_T], started: float
-    ) -> _T:
-        """Await a call that began at ``started``. Raises OverrunError."""
+    ) -> Coroutine[Any, Any, _T]:
+        """Awaits a call that began at ``started``. Raises OverrunError."""
         limit = self._limits[handler.timeout_s or self._timeout_s]
-        return await limit.call(call, started=started, of=Run(handler, changes))
+        return limit.call(call, started=started, of=_RUN((handler, changes)))
 
     def run(
         self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], latest: Latest | None = None
