@@ -40,7 +40,7 @@ log = logging.getLogger("cdc.consumer")
 _CHANGES_PER_ITERATION = 100
 """Handlers that never wait would otherwise keep the event loop busy for a whole window."""
 _CUT_OFF_S = 5.0
-_SETTLEMENT = fast_make(Settlement)
+_RUN, _SETTLEMENT = fast_make(Run), fast_make(Settlement)
 _NO_LIMITS: Mapping[str, HandlerPermits] = {}
 _ASK_AGAIN_S = 0.1
 """Until the change's lock or the server is free again; the key stays blocked meanwhile."""
@@ -234,7 +234,7 @@ class Dispatcher:
         assert handler is not None
         change = unfinished.change
         self._dispatch_others()
-        self._workers.tasks[task] = Run(handler, [change])
+        self._workers.tasks[task] = _RUN((handler, [change]))
         try:
             outcome = await self._executor.resume(handler, unfinished)
         except asyncio.CancelledError:  # see Executor.resume
@@ -246,7 +246,7 @@ class Dispatcher:
         if outcome is None:
             self._abandon([change])
         else:
-            self._report([Settlement(change, outcome)])
+            self._report([_SETTLEMENT((change, outcome))])
 
     async def _execute_next(self, task: asyncio.Task[None], handler: Handler | None) -> None:
         change = self._started.popleft()

@@ -113,6 +113,9 @@ class PendingCall(NamedTuple):
     started: float
 
 
+_PENDING = fast_make(PendingCall)
+
+
 class Executor:
     """``timeout_s`` holds for handlers that name none of their own. ``lost``: what its calls have lost."""
 
@@ -255,7 +258,7 @@ class Executor:
                 unfinished = PendingCall(change, _raise(error), started)
                 break
             if rest:
-                unfinished = PendingCall(change, rest, started)
+                unfinished = _PENDING((change, rest, started))
                 break
             done.append(_FINISHED((change, FILTERED if given is None else _PROCESSED)))
             now = time.monotonic()
