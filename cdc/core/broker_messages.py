@@ -62,21 +62,24 @@ class Encoding:
                 headers[self._caused_by] = str(change.caused_by)
             body = cloudevents.structured(change, self._source, id_, at, key)
         if self._percent and not _as_it_is("".join(headers.values())):
-            headers = {header: quote(text, safe=_PRINTED) for header, text in headers.items()}
+            headers = _quoted(headers)
         return Message(name, id_, key, body, headers, change.operation is Operation.DELETE)
 
     def identified(self, message: Message, id_: str, key: str) -> Message:
         """The message with another id and key, which its headers have, too."""
         headers = {self._id: id_, self._key: key}
-        if self._percent:
-            headers = {header: quote(text, safe=_PRINTED) for header, text in headers.items()}
-        return message._replace(id=id_, key=key, headers={**message.headers, **headers})
+        written = _quoted(headers) if self._percent else headers
+        return message._replace(id=id_, key=key, headers={**message.headers, **written})
 
     def _time_of(self, change: Change) -> str:
         """Made once for the changes of a transaction, which have it in common and come together."""
         if change.changed_at != self._at:
             self._at, self._at_text = change.changed_at, cloudevents.time(change)
         return self._at_text
+
+
+def _quoted(headers: Mapping[str, str]) -> dict[str, str]:
+    return {header: quote(text, safe=_PRINTED) for header, text in headers.items()}
 
 
 def _as_it_is(text: str) -> bool:

@@ -160,7 +160,8 @@ class ReadPlanner:
         for number in acquired.shards:
             floor = acquired.floors.get(number, 0)
             for of_shards in (self._shards, *self.throttled.values()):
-                of_shards.setdefault(number, ShardCursor(self._serial, self._cursor_due, floor))
+                of_shards.setdefault(number, ShardCursor(self._serial, floor))
+        self._cursors_idle = False
 
     def revoked(self, shards: Collection[int]) -> None:
         for number in shards:
@@ -193,11 +194,13 @@ class ReadPlanner:
         """Wake-ups may have been missed until now."""
         for shard in self._shards.values():
             shard.lose(self._serial)
+        self._cursors_idle = False
 
     def restart(self) -> Collection[int]:
         """Sweep every shard from its first change on. Returns the shards, for ``KeyScheduler.forget_deferred``."""
         for cursor in self._all_cursors():
             cursor.rewind(0)
+        self._cursors_idle = False
         self._schedule.request_full_pass()
         return self._shards.keys()
 
@@ -212,13 +215,13 @@ class ReadPlanner:
             if shard is None:
                 continue
             if (relayed or not shard.live) and not self._shown.pop(seq, False):
+                self._cursors_idle = False
                 shard.touch(seq)
                 self._touch_throttled(number)
             if relayed or not self._from_own_slot:
                 continue
             if len(self._notified) >= self._queue_capacity:
-                dropped += 1
-                shard.lose(self._serial)
+                dropped += self._give_up(number)
                 continue
             self._notified[seq] = number
         return dropped
@@ -227,6 +230,7 @@ class ReadPlanner:
         """A fetch showed a change of a throttled type."""
         if cursor := self.throttled.get(entity_type, {}).get(shard):
             cursor.touch()
+            self._cursors_idle = False
 
     # --- out -------------------------------------------------------------------------------------------------------
 
@@ -351,6 +355,7 @@ class ReadPlanner:
     def throttle(self, rejected: Mapping[str, Mapping[int, int]], now: float) -> None:
         """Throttle the types of ``rejected``, which has their first rejected change by shard: read on from there."""
         for entity_type, numbers in rejected.items():
+            self._cursors_idle = False
             if entity_type not in self.throttled:
                 self.throttled[entity_type] = {number: shard.split() for number, shard in self._shards.items()}
             of_shards = self.throttled[entity_type]
@@ -462,15 +467,13 @@ class ReadPlanner:
         for seq in list(islice(self._shown, max(0, len(self._shown) - _SHOWN_MAX))):
             del self._shown[seq]
 
-    def _cursor_due(self) -> None:
-        self._cursors_idle = False
-
     def _all_cursors(self) -> Sequence[ShardCursor]:  # copies, as any thread may ask for the status
         return [cursor for shards in (self._shards, *self.throttled.values()) for cursor in list(shards.values())]
 
     def _touch_throttled(self, number: int) -> None:
         for of_shards in self.throttled.values():
             of_shards[number].touch()
+            self._cursors_idle = False
 
     def _retry_later(self, seq: int, shard: int, snapshot: Snapshot, now: float) -> int:
         if len(self._unseen) >= _UNSEEN_MAX:
@@ -481,6 +484,7 @@ class ReadPlanner:
     def _give_up(self, number: int) -> int:
         if shard := self._shards.get(number):
             shard.lose(self._serial)
+            self._cursors_idle = False
         return 1
 
     def _forget_wakeups(self, number: int) -> None:

@@ -19,7 +19,7 @@ and *joined* again when it has caught up, at the lower of the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from math import inf
 from typing import NamedTuple
 
@@ -56,10 +56,7 @@ class Scanned(NamedTuple):
 
 
 class ShardCursor:
-    """The passes through one shard: where they are, and when the next one begins.
-
-    ``on_due`` is called whenever there may be something to read, at once or at ``repass_at``.
-    """
+    """The passes through one shard: where they are, and when the next one begins."""
 
     __slots__ = (
         "acquired_at_serial",
@@ -70,7 +67,6 @@ class ShardCursor:
         "live",
         "lost_at_serial",
         "lost_at_xid",
-        "on_due",
         "reading",
         "repass_at",
         "repass_pause_s",
@@ -79,8 +75,7 @@ class ShardCursor:
         "since",
     )
 
-    def __init__(self, serial: int, on_due: Callable[[], None], floor: int = 0) -> None:
-        self.on_due = on_due
+    def __init__(self, serial: int, floor: int = 0) -> None:
         self.acquired_at_serial = serial
         """The last sweep that was requested before the shard was acquired: it may belong to an earlier ownership."""
         self.reading = True
@@ -103,7 +98,6 @@ class ShardCursor:
         """Numbers that a wake-up named, and that no page has shown since."""
         self.repasses_left = _REPASSES
         """How many passes are still made, because changes may exist for which no wake-up came."""
-        on_due()
 
     @property
     def position(self) -> Position:
@@ -122,7 +116,6 @@ class ShardCursor:
         self.awaited.clear()
         self.repasses_left = _REPASSES
         self.reading = True
-        self.on_due()
 
     def rewind(self, seq: int) -> None:
         """Read again what is above ``seq``."""
@@ -131,11 +124,10 @@ class ShardCursor:
         self.candidate = None
         self.behind = True
         self.reading = True
-        self.on_due()
 
     def split(self) -> ShardCursor:
         """A cursor for a part of the rows."""
-        part = ShardCursor(self.acquired_at_serial, self.on_due)
+        part = ShardCursor(self.acquired_at_serial)
         part.floor, part.seq, part.since = self.position
         return part
 
@@ -183,7 +175,6 @@ class ShardCursor:
             self.awaited.add(seq)
         self.reading = self.reading or not self.behind
         self.repass_pause_s = RETRY_MIN_S
-        self.on_due()
 
 
 def ends_of(rows: Iterable[tuple[int, int]], per_shard: int) -> dict[int, Scanned]:
