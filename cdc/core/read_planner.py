@@ -129,8 +129,8 @@ class ReadPlanner:
         self._serial = 0
         self._from_own_slot = False
         self._cursors_idle = False
-        """No shard has a pass under way or to come, the periodic ones aside. Most reads are of one change, and looking
-        at all shards would be most of their cost."""
+        """No shard has a pass under way or to come, the periodic ones aside, and no type is throttled: the cursors of
+        those are never live. Most reads are of one change, and looking at all shards would be most of their cost."""
 
     @property
     def queue_length(self) -> int:
@@ -230,7 +230,6 @@ class ReadPlanner:
         """A fetch showed a change of a throttled type."""
         if cursor := self.throttled.get(entity_type, {}).get(shard):
             cursor.touch()
-            self._cursors_idle = False
 
     # --- out -------------------------------------------------------------------------------------------------------
 
@@ -473,7 +472,6 @@ class ReadPlanner:
     def _touch_throttled(self, number: int) -> None:
         for of_shards in self.throttled.values():
             of_shards[number].touch()
-            self._cursors_idle = False
 
     def _retry_later(self, seq: int, shard: int, snapshot: Snapshot, now: float) -> int:
         if len(self._unseen) >= _UNSEEN_MAX:
