@@ -340,7 +340,8 @@ WHERE given.place IS NOT NULL AND given.seq <> ALL (ARRAY(
 
 -- name: start
 -- On a shard whose owner died, before a handler starts. One that was fresh gets a row, which makes it waiting for everybody
--- else, and due at once. The position does not pass it. A row that another session has locked is not waited for.
+-- else, and due at once. The position does not pass it. A row that another session has locked is not waited for. None of a
+-- key gets one behind a change that another session has taken: that one stays fresh, and holds nothing back.
 WITH given AS MATERIALIZED (
   SELECT want.*, r.place, {position} AS position
   FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[], %(types)s::text[], %(entity_ids)s::text[],
@@ -358,13 +359,17 @@ WITH given AS MATERIALIZED (
     || CASE WHEN free.error IS NULL THEN '{{}}' ELSE jsonb_build_object('error', free.error, 'summary', free.error, 'kind', 'crash') END
   FROM free WHERE s.ctid = free.place
   RETURNING s.seq
+), tried AS MATERIALIZED (
+  SELECT g.*, pg_try_advisory_xact_lock(hashint8extended(g.seq, %(locks)s::bigint)) AS locked
+  FROM given AS g WHERE NOT g.requeued AND g.seq > g.position
 ), added AS (
   INSERT INTO {subscription_changes} AS s (seq, subscription, shard, next_attempt_at, type_hash, key_hash, tried)
   SELECT g.seq, %(subscription)s::smallint, g.shard, '-infinity', hashtextextended(g.type, 0),
     hashtextextended(g.entity_id, hashtextextended(g.type, 0)),
     jsonb_build_object('started_by', %(process)s::uuid, 'count', g.failures)
-  FROM given AS g WHERE NOT g.requeued AND g.seq > g.position
-    AND pg_try_advisory_xact_lock(hashint8extended(g.seq, %(locks)s::bigint))
+  FROM tried AS g WHERE g.locked AND NOT EXISTS (
+    SELECT FROM tried AS e WHERE NOT e.locked AND e.type = g.type AND e.entity_id = g.entity_id AND e.seq < g.seq
+  )
   ON CONFLICT (subscription, seq) DO UPDATE SET tried = s.tried || excluded.tried WHERE {recorded}
   RETURNING s.seq
 ), failed AS (SELECT s.seq, {crash_attempt} AS attempt FROM free AS s), {keep_attempts}

@@ -347,6 +347,31 @@ async def test_what_another_one_has_started_and_gives_back_is_never_behind_who_h
         await session.close()
 
 
+async def test_no_start_is_recorded_behind_a_change_of_its_key_that_another_session_has_taken(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    """It would wait and be due, where the one before it is fresh: nothing would hold it back."""
+    made, _ = Subscriptions("public").create(outbox_db, "search", start="beginning")
+    store = SubscriptionStore("public", made, 16, EVERYTHING)
+    for key in ("k", "k", "other"):
+        outbox_db.execute("SELECT publish_change('x', %s)", [key])
+    session = await connect_async(outbox, application_name="cdc: test", session=SubscriptionStore.session)
+    read_changes(session)
+    try:
+        rows = (await store.sweep(session, _EVERY_SHARD)).rows
+        taken, behind, other = sorted((row.change for row in rows), key=lambda change: change.seq)
+        with psycopg.connect(outbox) as handler:
+            handler.execute(*store.take([taken], taken))
+            assert await store.start(session, [taken, behind, other], ["work"] * 3) == {other.id}
+        due = (await store.due(session, range(SHARDS), 10)).rows
+        assert [row.change.seq for row in due] == [other.seq]
+        assert await store.start(session, [taken, behind], ["work"] * 2) == {taken.id, behind.id}
+        due = (await store.due(session, range(SHARDS), 10)).rows
+        assert {row.change.seq: row.blocked for row in due} == {taken.seq: False, behind.seq: True, other.seq: False}
+    finally:
+        await session.close()
+
+
 async def _next_xid(session: psycopg.AsyncConnection) -> int:
     [(next_xid,)] = await (await session.execute("SELECT txid_current() + 1")).fetchall()
     return int(next_xid)
