@@ -305,7 +305,7 @@ class Store:
             if divided.others or divided.groups:
                 counts = await self._settle(session, divided, maybe_written)
             else:
-                counts = await self._answer(session, "settle_processed", self._numbers(divided.plain))
+                counts = await self._settle_plain(session, divided.plain)
         failpoints.here("settle.after_commit")
         return Settled(len(batch) - sum(map(_FIRST, counts)), counts[-1][1], locked)
 
@@ -323,17 +323,17 @@ class Store:
             async with session.transaction():
                 if groups:
                     await self.coalesced.settle(session, groups)
-                counts: list[tuple[int, datetime]] = []
-                if plain:
-                    counts += await self._answer(session, "settle_processed", self._numbers(plain))
+                counts = await self._settle_plain(session, plain) if plain else []
                 failpoints.here("settle.between_marks")
                 if others:
                     counts += await self._settle_others(session, others, maybe_written)
-        elif others:
-            counts = await self._settle_others(session, others, maybe_written)
-        else:
-            counts = await self._answer(session, "settle_processed", self._numbers(plain))
-        return counts
+                return counts
+        if others:
+            return await self._settle_others(session, others, maybe_written)
+        return await self._settle_plain(session, plain)
+
+    def _settle_plain(self, session: psycopg.AsyncConnection, plain: Sequence[Change]) -> Awaitable[list[Any]]:
+        return self._answer(session, "settle_processed", self._numbers(plain))
 
     async def _locked(self, session: psycopg.AsyncConnection, batch: Sequence[Settlement]) -> set[Key]:
         """The keys of changes that another session has locked; the others are locked until the transaction ends."""

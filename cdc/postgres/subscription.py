@@ -15,18 +15,21 @@ written by hand may draw its number before its id: it is missed if that takes lo
 second.
 
 The session that owns a shard moves its position, about once a second while there is something to move, and removes the
-rows of what is done up to there, in one statement. A row whose start was recorded after a crash keeps the position
-below it: to who has started it the change is fresh. Nothing else ever becomes fresh again: whoever owns the shard by
-then has read on, and would start a later change of the key first.
+rows of what is done up to there, in one statement. A settle of many changes moves it at once, as far as it is proved,
+and writes rows only for what is done behind a change that is still open (``core/position_moves`` has when). A row whose
+start was recorded after a crash keeps the position below it: to who has started it the change is fresh. Nothing else
+ever becomes fresh again: whoever owns the shard by then has read on, and would start a later change of the key first.
 
 Who settles a change first wins, also if two consumers believe that they own it: a row is there once, by its key; and a
-transactional handler's mark reads the position as it is then and keeps it until its commit.
+transactional handler's mark reads the position as it is then and keeps it until its commit. Beside a settle that moves
+positions only marks settle changes of the same shards, as its session holds the locks of these. The settle does not see
+one that is committed while it begins: its change is not passed, or, if it had waited, its row goes with the next look.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -37,6 +40,7 @@ from cdc.core.errors import SchemaError, SubscriptionDroppedError
 from cdc.core.model import SHARDS, Change, Coalesced, Key, Suspicion, WakeUp
 from cdc.core.page_size import BYTES
 from cdc.core.pauses import Pauses
+from cdc.core.position_moves import PositionMoves
 from cdc.core.read_planner import Sweep
 from cdc.core.read_reconciler import Settlement
 from cdc.core.type_filter import TypeFilter
@@ -55,6 +59,13 @@ _SCAN = 2_000
 """A candidate is at most so many changes of its shard above the position: a position moves by no more at once."""
 _FIGURES_SCAN, _FIGURES_HELD = 200, 200
 """Of a shard, changes above its position that are counted, and those examined in search of one that nothing blocks."""
+MOVING_MIN = 4 * SHARDS
+"""Fewer changes in a settle move no positions: it would take longer, and make a version of a position for a few."""
+_BETWEEN_MAX = 10_000
+"""Rows between the positions that a settle moves, all of which it looks at: some milliseconds."""
+_PAGES, _PAGES_OF_EACH = 16, 3
+"""That all positions may take: those of each subscription, and some more, which may all be versions of the same ones:
+some 25 of each, which a look at one walks over."""
 _AT_LEAST_S = 10.0
 """Between two looks at positions while nothing is settled: changes of other types may have come."""
 
@@ -115,6 +126,9 @@ class SubscriptionStore(Store):
         self.known = KnownAnswers(subscription.number, seen)
         self._unproved = True
         """Positions may be moved."""
+        self._moves = PositionMoves()
+        self._since: dict[int, int] = {}
+        """By shard, where the position was at the last look of this process: what is done up to there has no row."""
         self._look_at = 0.0
 
     async def check(self, reader: psycopg.AsyncConnection, *, settles: bool = True) -> None:
@@ -188,13 +202,17 @@ class SubscriptionStore(Store):
         before = self.known.seen
         types, include = self.scope
         parameters = {
-            "shards": as_array(shards), "types": list(types), "among": include, "scan": _SCAN,
+            "shards": as_array(shards), "types": list(types), "among": include, "scan": _SCAN, "pages": _PAGES,
+            "pages_of_each": _PAGES_OF_EACH,
+            "since": as_array(self._since.get(shard, "NULL") for shard in range(SHARDS)),
         }  # fmt: skip
         try:
-            [(candidates,)] = await self._rows(session, "advance", parameters)
+            [(candidates, pages, enough, at)] = await self._rows(session, "advance", parameters)
         except BaseException:
             self._unproved = True
             raise
+        self._moves.looked(pages, enough, time.monotonic())
+        self._since |= {shard: seq for shard, seq in enumerate(at) if seq is not None}
         self._unproved = self._unproved or candidates > 0
         if not self._unproved:
             self.known.at_end(before)
@@ -207,6 +225,25 @@ class SubscriptionStore(Store):
             return await super().settle(session, batch, **options)
         finally:
             self.doubt()
+
+    def _settle_plain(self, session: psycopg.AsyncConnection, plain: Sequence[Change]) -> Awaitable[list[Any]]:
+        if len(plain) >= MOVING_MIN and self._moves.allowed(time.monotonic()):
+            return self._settle_moving(session, plain)
+        return super()._settle_plain(session, plain)
+
+    async def _settle_moving(self, session: psycopg.AsyncConnection, plain: Sequence[Change]) -> list[Any]:
+        types, include = self.scope
+        parameters = {
+            **self._numbers(plain), "types": list(types), "among": include, "between_max": _BETWEEN_MAX,
+        }  # fmt: skip
+        try:
+            [(count, at, crowded)] = await self._rows(session, "settle_moving", parameters)
+        except psycopg.errors.LockNotAvailable:  # it removes rows of others, too
+            self._moves.wait(time.monotonic())
+            raise
+        if crowded:
+            self._moves.wait(time.monotonic())
+        return [(count, at)]
 
     async def _settle_others(
         self, session: psycopg.AsyncConnection, batch: Sequence[Settlement], maybe_written: Container[int]

@@ -260,6 +260,79 @@ WITH at AS MATERIALIZED (
 )
 SELECT count(*)::int, now() FROM done
 
+-- name: settle_moving
+-- The same for many changes, by moving the positions themselves: what they pass needs no row, now or later. A position moves
+-- as far as it is proved, up to the first change that is open and not one of these; what is behind that one gets a row. Only
+-- the owner's session moves positions, and passes over those that a transactional handler's mark has locked. None moves
+-- where more than so many rows lie between the positions: the last column says so.
+--
+-- A row that is met on the way: done by another session, which was first; or with a recorded start, which was ours; or
+-- waiting or dead, by another session, and stays.
+WITH ours AS MATERIALIZED (
+  SELECT p.shard, p.seq AS before, least(p.candidate, want.last) AS last
+  FROM (
+    SELECT w.shard, max(w.seq) AS last FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS w(seq, shard)
+    GROUP BY w.shard
+  ) AS want
+  JOIN {positions} AS p ON p.subscription = %(subscription)s::smallint AND p.shard = want.shard
+  WHERE p.owner = %(process)s::uuid AND p.candidate > p.seq
+    AND p.candidate_xid <= pg_snapshot_xmin(pg_current_snapshot())
+  FOR NO KEY UPDATE OF p SKIP LOCKED
+), moving AS MATERIALIZED (
+  SELECT ours.shard, ours.before, coalesce((
+    SELECT n.seq - 1 FROM {halves} AS n
+    WHERE n.shard = ours.shard AND n.seq > ours.before AND n.seq <= ours.last
+      AND n.seq NOT IN (SELECT w FROM unnest(%(seqs)s::bigint[]) AS w) AND {open}
+    ORDER BY n.seq LIMIT 1
+  ), ours.last) AS seq
+  FROM ours
+), ahead AS MATERIALIZED (
+  SELECT min(moving.before) FILTER (WHERE moving.seq > moving.before) AS lowest,
+    max(moving.seq) FILTER (WHERE moving.seq > moving.before) AS highest,
+    jsonb_object_agg(moving.shard, moving.before) AS befores, jsonb_object_agg(moving.shard, moving.seq) AS seqs
+  FROM moving
+), between AS MATERIALIZED (
+  SELECT s.ctid AS place, s.seq, s.shard, coalesce({recorded}, false) AS recorded,
+    s.next_attempt_at IS NULL AND s.dead_at IS NULL AS done
+  FROM {subscription_changes} AS s
+  WHERE s.subscription = %(subscription)s::smallint
+    AND s.seq > (SELECT ahead.lowest FROM ahead) AND s.seq <= (SELECT ahead.highest FROM ahead)
+  LIMIT %(between_max)s + 1
+), passed AS MATERIALIZED (
+  SELECT ahead.befores, ahead.seqs FROM ahead WHERE (SELECT count(*) FROM between) <= %(between_max)s
+), moved AS (
+  UPDATE {positions} AS p SET seq = moving.seq FROM moving
+  WHERE p.subscription = %(subscription)s::smallint AND p.shard = moving.shard AND moving.seq > moving.before
+    AND EXISTS (SELECT FROM passed)
+), met AS MATERIALIZED (
+  SELECT b.* FROM between AS b
+  WHERE b.seq > ((SELECT passed.befores FROM passed) ->> b.shard::text)::bigint
+    AND b.seq <= ((SELECT passed.seqs FROM passed) ->> b.shard::text)::bigint
+), gone AS (
+  DELETE FROM {subscription_changes} AS s USING met
+  WHERE s.ctid = met.place AND (met.done OR met.recorded)
+    AND s.dead_at IS NULL AND (s.next_attempt_at IS NULL OR s.next_attempt_at = '-infinity')
+), at AS MATERIALIZED (
+  SELECT ARRAY(SELECT p.seq FROM {positions} AS p WHERE p.subscription = %(subscription)s::smallint ORDER BY p.shard) AS seqs
+), given AS MATERIALIZED (
+  SELECT want.seq, want.shard,
+    coalesce(want.seq <= ((SELECT passed.seqs FROM passed) ->> want.shard::text)::bigint, false) AS passed
+  FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
+  WHERE want.seq > (SELECT at.seqs FROM at WHERE cardinality(at.seqs) = %(shards_max)s + 1)[want.shard + 1]
+    AND want.seq > coalesce(((SELECT ahead.befores FROM ahead) ->> want.shard::text)::bigint, 0)
+), done AS (
+  INSERT INTO {subscription_changes} AS s (seq, subscription, shard)
+  SELECT given.seq, %(subscription)s::smallint, given.shard FROM given WHERE NOT given.passed
+  ON CONFLICT (subscription, seq) DO UPDATE
+    SET next_attempt_at = NULL, type_hash = NULL, key_hash = NULL, tried = NULL
+    WHERE {recorded}
+  RETURNING 1
+)
+SELECT (SELECT count(*) FROM done)::int + (SELECT count(*) FROM given WHERE given.passed)::int
+     - (SELECT count(*) FILTER (WHERE met.seq IN (SELECT w FROM unnest(%(seqs)s::bigint[]) AS w))
+        FROM met WHERE NOT met.recorded)::int,
+  now(), NOT EXISTS (SELECT FROM passed)
+
 -- name: failures
 -- Not a statement: how many failed attempts s has.
 coalesce((s.tried ->> 'count')::int, 0)
@@ -469,8 +542,14 @@ WHERE CASE WHEN open.place OPERATOR(pg_catalog.<=) 100
 -- name: mark
 -- The same changes, in the same transaction; no rows: the handler has ended the transaction it was given. The position is
 -- read as it is now, and stays so until the commit: what another session has settled is not settled twice. Of such a
--- change the first column is NULL.
-WITH want AS MATERIALIZED (
+-- change the first column is NULL. All positions are locked before a row is written: who moves some of them may wait for
+-- that row.
+WITH at AS MATERIALIZED (
+  SELECT p.shard, p.seq FROM {positions} AS p
+  WHERE p.subscription OPERATOR(pg_catalog.=) %(subscription)s::pg_catalog.int2
+    AND p.shard OPERATOR(pg_catalog.=) ANY (%(shards)s::pg_catalog.int2[])
+  ORDER BY p.shard FOR SHARE
+), want AS MATERIALIZED (
   SELECT w.seq, w.shard, w.requeued, r.place
   FROM ROWS FROM (
     pg_catalog.unnest(%(seqs)s::pg_catalog.int8[]), pg_catalog.unnest(%(shards)s::pg_catalog.int2[]),
@@ -483,11 +562,7 @@ WITH want AS MATERIALIZED (
     LIMIT 1
   ) AS r ON w.requeued
   WHERE pg_catalog.pg_current_xact_id() OPERATOR(pg_catalog.=) %(xid)s::pg_catalog.xid8
-), at AS MATERIALIZED (
-  SELECT p.shard, p.seq FROM {positions} AS p
-  WHERE p.subscription OPERATOR(pg_catalog.=) %(subscription)s::pg_catalog.int2
-    AND p.shard OPERATOR(pg_catalog.=) ANY (%(shards)s::pg_catalog.int2[])
-  ORDER BY p.shard FOR SHARE
+    AND (SELECT pg_catalog.count(*) FROM at) OPERATOR(pg_catalog.>=) 0
 ), gone AS (
   DELETE FROM {subscription_changes} AS s USING want, at
   WHERE want.requeued AND at.shard OPERATOR(pg_catalog.=) want.shard AND want.seq OPERATOR(pg_catalog.<=) at.seq
@@ -533,13 +608,18 @@ AND (
 -- from the future is of before a restore. So each change is looked up once as the position passes it, and none of those
 -- behind one that is still to be done.
 --
--- Returns how many shards have a candidate that is not proved yet.
+-- A mark may be committed between the snapshot of what moves a position and the lock of it: its row says done, and is behind
+-- the position. So rows are removed from where the position was at the look before, `since`, by shard; NULL: there was none.
+--
+-- Returns how many shards have a candidate that is not proved yet; how many pages all positions are in; how many are no
+-- reason to let them be, those of all without versions and some more, which may be of one; and where the positions were, by shard.
 WITH horizon AS MATERIALIZED (
   SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
          pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
   FROM pg_current_snapshot() AS s
 ), at AS MATERIALIZED (
-  SELECT p.shard, p.seq, p.candidate, p.candidate_xid::text::bigint AS candidate_xid
+  SELECT p.shard, p.seq, p.candidate, p.candidate_xid::text::bigint AS candidate_xid,
+    least((%(since)s::bigint[])[p.shard + 1], p.seq) AS since
   FROM {positions} AS p
   WHERE p.subscription = %(subscription)s::smallint AND p.shard = ANY (%(shards)s::smallint[])
   ORDER BY p.shard
@@ -575,12 +655,15 @@ WITH horizon AS MATERIALIZED (
     LEFT JOIN followed ON followed.shard = at.shard
   WHERE p.subscription = %(subscription)s::smallint AND p.shard = at.shard
     AND (proved.seq > at.seq OR followed.candidate IS NOT NULL OR followed.shard IS NOT NULL AND at.candidate IS NOT NULL)
-  RETURNING p.shard
 ), passed AS MATERIALIZED (
-  SELECT min(proved.before) AS lowest, max(proved.seq) AS highest,
-    array_agg(proved.before ORDER BY n.shard) AS befores, array_agg(proved.seq ORDER BY n.shard) AS seqs
+  SELECT min(went.since) FILTER (WHERE went.seq > went.since) AS lowest,
+    max(went.seq) FILTER (WHERE went.seq > went.since) AS highest, array_agg(went.before ORDER BY n.shard) AS at,
+    array_agg(went.since ORDER BY n.shard) AS befores, array_agg(went.seq ORDER BY n.shard) AS seqs
   FROM generate_series(0, %(shards_max)s) AS n(shard)
-  LEFT JOIN (SELECT proved.* FROM proved JOIN moved ON moved.shard = proved.shard) AS proved ON proved.shard = n.shard
+  LEFT JOIN (
+    SELECT at.shard, at.seq AS before, at.since, coalesce(proved.seq, at.seq) AS seq
+    FROM at LEFT JOIN proved ON proved.shard = at.shard
+  ) AS went ON went.shard = n.shard
 ), gone AS (
   DELETE FROM {subscription_changes} AS s
   WHERE s.subscription = %(subscription)s::smallint
@@ -590,7 +673,9 @@ WITH horizon AS MATERIALIZED (
 )
 SELECT (SELECT count(*) FROM at CROSS JOIN horizon
         WHERE at.candidate_xid > horizon.xmin AND at.candidate_xid <= horizon.next_xid)::int
-     + (SELECT count(*) FROM followed WHERE followed.candidate IS NOT NULL)::int
+     + (SELECT count(*) FROM followed WHERE followed.candidate IS NOT NULL)::int,
+  (pg_relation_size({positions_regclass}::regclass) / current_setting('block_size')::int)::int,
+  %(pages)s + %(pages_of_each)s * (SELECT count(*) FROM {subscriptions})::int, (SELECT passed.at FROM passed)
 
 -- name: figures
 -- As in outbox.sql; of the changes above the positions only the first of each shard are examined. The oldest is of these types,

@@ -17,7 +17,17 @@ from cdc.postgres.subscriptions import Subscriptions
 pytestmark = pytest.mark.server
 
 _PLACEHOLDER = re.compile(rb"%\((\w+)\)s|%%")
-_READS = ("fetch", "fetch_some", "sweep", "sweep_some", "read_keys", "advance", "figures", "coalesced ask")
+_READS = (
+    "fetch",
+    "fetch_some",
+    "sweep",
+    "sweep_some",
+    "read_keys",
+    "advance",
+    "settle_moving",
+    "figures",
+    "coalesced ask",
+)
 """What walks changes: two halves, merged."""
 STATEMENTS = {
     **statements("public"),
@@ -75,7 +85,9 @@ def test_what_reads_changes_merges_its_two_halves_and_walks_nothing_else(queue: 
         # Both by shard and number: an index without a condition is walked as a whole.
         for scan in re.findall(r"(?:entity_changes_fresh|entity_changes_settled) on .*\n\s+(.*)", plan):
             assert scan.startswith("Index Cond: ((shard = "), f"{name}: {plan}"
-    for name in ("sweep", "sweep_some", "read_keys", "advance", "figures"):
+        for scan in re.findall(r"cdc_subscription_changes_pkey on .*\n\s+(.*)", plan):
+            assert "(seq " in scan, f"{name}: {plan}"
+    for name in ("sweep", "sweep_some", "read_keys", "advance", "settle_moving", "figures"):
         assert "Merge Append" in _plan(queue, STATEMENTS[name]), name
 
 

@@ -32,6 +32,7 @@ from cdc.core.read_planner import Sweep
 from cdc.core.read_reconciler import Settlement
 from cdc.core.shard_cursor import Position
 from cdc.core.type_filter import EVERYTHING
+from cdc.postgres import subscription
 from cdc.postgres.connect import connect_async
 from cdc.postgres.loaders import read_changes
 from cdc.postgres.subscription import SubscriptionStore
@@ -81,10 +82,14 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        """Two of them; of the changes of the sequences before they take none."""
+        """Two of them; of the changes of the sequences before they take none. The first moves as it settles."""
         for _ in range(2):
             made, _ = Subscriptions("public").create(self.db, f"s_{uuid.uuid4().hex[:12]}", start="now")
             self.reads.append(Reads(SubscriptionStore("public", made, 16, EVERYTHING), made.number))
+        owner = self.reads[0]
+        self.db.execute(
+            "UPDATE cdc_positions SET owner = %s WHERE subscription = %s", [owner.store.process, owner.number]
+        )
         self.session = self.run(self._connect())
 
     async def _connect(self) -> psycopg.AsyncConnection:
@@ -278,6 +283,14 @@ class Machine(RuleBasedStateMachine):
             assert all(change.requeued for change in due.values())
 
     @invariant()
+    def what_a_position_has_passed_leaves_nothing_behind(self) -> None:
+        left = self.db.execute(
+            "SELECT s.seq FROM cdc_subscription_changes AS s JOIN cdc_positions AS p USING (subscription, shard)"
+            " WHERE s.seq <= p.seq AND s.next_attempt_at IS NULL AND s.dead_at IS NULL"
+        ).fetchall()
+        assert left == []
+
+    @invariant()
     def no_position_reaches_an_open_transaction(self) -> None:
         open_ = [seq for rows in self.pending.values() for seq, _ in rows]
         for reads in self.reads if open_ else ():
@@ -306,7 +319,8 @@ def first(outbox: str) -> str:
     return outbox
 
 
-def test_positions_and_rows_say_what_the_model_says(first: str) -> None:
+def test_positions_and_rows_say_what_the_model_says(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subscription, "MOVING_MIN", 1)
     with psycopg.connect(first) as db:
         names = db.execute(
             "SELECT n::text FROM generate_series(1, 1000) AS n WHERE hashtext(n::text) & 63 = %s LIMIT %s",
