@@ -202,16 +202,15 @@ class SubscriptionStore(Store):
         before = self.known.seen
         types, include = self.scope
         parameters = {
-            "shards": as_array(shards), "types": list(types), "among": include, "scan": _SCAN, "pages": _PAGES,
-            "pages_of_each": _PAGES_OF_EACH,
+            "shards": as_array(shards), "types": list(types), "among": include, "scan": _SCAN,
             "since": as_array(self._since.get(shard, "NULL") for shard in range(SHARDS)),
         }  # fmt: skip
         try:
-            [(candidates, pages, enough, at)] = await self._rows(session, "advance", parameters)
+            [(candidates, pages, subscriptions, at)] = await self._rows(session, "advance", parameters)
         except BaseException:
             self._unproved = True
             raise
-        self._moves.looked(pages, enough, time.monotonic())
+        self._moves.looked(pages, _PAGES + _PAGES_OF_EACH * subscriptions, time.monotonic())
         self._since |= {shard: seq for shard, seq in enumerate(at) if seq is not None}
         self._unproved = self._unproved or candidates > 0
         if not self._unproved:

@@ -240,22 +240,28 @@ FROM (
 -- Not a statement: whether s only says that its start was recorded, so that its change is fresh to who has started it.
 s.next_attempt_at = '-infinity' AND s.dead_at IS NULL
 
+-- name: all_positions
+-- Not a statement: by shard, the first of which is at 1.
+SELECT ARRAY(SELECT p.seq FROM {positions} AS p WHERE p.subscription = %(subscription)s::smallint ORDER BY p.shard) AS seqs
+
+-- name: unless_there
+-- Not a statement: where another session was first, its row stays, and none is returned. A start that was recorded is ours.
+ON CONFLICT (subscription, seq) DO UPDATE
+  SET next_attempt_at = NULL, type_hash = NULL, key_hash = NULL, tried = NULL
+  WHERE {recorded}
+
 -- name: settle_processed
 -- Fresh changes that are processed. The first session to settle one wins, and the count shows it: its row is there, or
 -- the position has passed it. For many changes all positions are read at once: they stand beside each other, and a search
 -- for each change would take longer. Not for a few: while an old snapshot is held, each position has many versions.
-WITH at AS MATERIALIZED (
-  SELECT ARRAY(SELECT p.seq FROM {positions} AS p WHERE p.subscription = %(subscription)s::smallint ORDER BY p.shard) AS seqs
-), done AS (
+WITH at AS MATERIALIZED ({all_positions}), done AS (
   INSERT INTO {subscription_changes} AS s (seq, subscription, shard)
   SELECT want.seq, %(subscription)s::smallint, want.shard
   FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
   WHERE want.seq > CASE WHEN cardinality(%(seqs)s::bigint[]) > %(shards_max)s
     THEN (SELECT at.seqs FROM at WHERE cardinality(at.seqs) = %(shards_max)s + 1)[want.shard + 1]
     ELSE {position} END
-  ON CONFLICT (subscription, seq) DO UPDATE
-    SET next_attempt_at = NULL, type_hash = NULL, key_hash = NULL, tried = NULL
-    WHERE {recorded}
+  {unless_there}
   RETURNING 1
 )
 SELECT count(*)::int, now() FROM done
@@ -312,9 +318,7 @@ WITH ours AS MATERIALIZED (
   DELETE FROM {subscription_changes} AS s USING met
   WHERE s.ctid = met.place AND (met.done OR met.recorded)
     AND s.dead_at IS NULL AND (s.next_attempt_at IS NULL OR s.next_attempt_at = '-infinity')
-), at AS MATERIALIZED (
-  SELECT ARRAY(SELECT p.seq FROM {positions} AS p WHERE p.subscription = %(subscription)s::smallint ORDER BY p.shard) AS seqs
-), given AS MATERIALIZED (
+), at AS MATERIALIZED ({all_positions}), given AS MATERIALIZED (
   SELECT want.seq, want.shard,
     coalesce(want.seq <= ((SELECT passed.seqs FROM passed) ->> want.shard::text)::bigint, false) AS passed
   FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
@@ -323,9 +327,7 @@ WITH ours AS MATERIALIZED (
 ), done AS (
   INSERT INTO {subscription_changes} AS s (seq, subscription, shard)
   SELECT given.seq, %(subscription)s::smallint, given.shard FROM given WHERE NOT given.passed
-  ON CONFLICT (subscription, seq) DO UPDATE
-    SET next_attempt_at = NULL, type_hash = NULL, key_hash = NULL, tried = NULL
-    WHERE {recorded}
+  {unless_there}
   RETURNING 1
 )
 SELECT (SELECT count(*) FROM done)::int + (SELECT count(*) FROM given WHERE given.passed)::int
@@ -432,7 +434,7 @@ WITH given AS MATERIALIZED (
     || CASE WHEN free.error IS NULL THEN '{{}}' ELSE jsonb_build_object('error', free.error, 'summary', free.error, 'kind', 'crash') END
   FROM free WHERE s.ctid = free.place
   RETURNING s.seq
-), tried AS MATERIALIZED (
+), fresh_ones AS MATERIALIZED (
   SELECT g.*, pg_try_advisory_xact_lock(hashint8extended(g.seq, %(locks)s::bigint)) AS locked
   FROM given AS g WHERE NOT g.requeued AND g.seq > g.position
 ), added AS (
@@ -440,8 +442,8 @@ WITH given AS MATERIALIZED (
   SELECT g.seq, %(subscription)s::smallint, g.shard, '-infinity', hashtextextended(g.type, 0),
     hashtextextended(g.entity_id, hashtextextended(g.type, 0)),
     jsonb_build_object('started_by', %(process)s::uuid, 'count', g.failures)
-  FROM tried AS g WHERE g.locked AND NOT EXISTS (
-    SELECT FROM tried AS e WHERE NOT e.locked AND e.type = g.type AND e.entity_id = g.entity_id AND e.seq < g.seq
+  FROM fresh_ones AS g WHERE g.locked AND NOT EXISTS (
+    SELECT FROM fresh_ones AS e WHERE NOT e.locked AND e.type = g.type AND e.entity_id = g.entity_id AND e.seq < g.seq
   )
   ON CONFLICT (subscription, seq) DO UPDATE SET tried = s.tried || excluded.tried WHERE {recorded}
   RETURNING s.seq
@@ -611,8 +613,8 @@ AND (
 -- A mark may be committed between the snapshot of what moves a position and the lock of it: its row says done, and is behind
 -- the position. So rows are removed from where the position was at the look before, `since`, by shard; NULL: there was none.
 --
--- Returns how many shards have a candidate that is not proved yet; how many pages all positions are in; how many are no
--- reason to let them be, those of all without versions and some more, which may be of one; and where the positions were, by shard.
+-- Returns how many shards have a candidate that is not proved yet; how many pages all positions are in; of how many subscriptions
+-- they are; and where the positions were, by shard.
 WITH horizon AS MATERIALIZED (
   SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
          pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
@@ -675,7 +677,7 @@ SELECT (SELECT count(*) FROM at CROSS JOIN horizon
         WHERE at.candidate_xid > horizon.xmin AND at.candidate_xid <= horizon.next_xid)::int
      + (SELECT count(*) FROM followed WHERE followed.candidate IS NOT NULL)::int,
   (pg_relation_size({positions_regclass}::regclass) / current_setting('block_size')::int)::int,
-  %(pages)s + %(pages_of_each)s * (SELECT count(*) FROM {subscriptions})::int, (SELECT passed.at FROM passed)
+  (SELECT count(*) FROM {subscriptions})::int, (SELECT passed.at FROM passed)
 
 -- name: figures
 -- As in outbox.sql; of the changes above the positions only the first of each shard are examined. The oldest is of these types,

@@ -2,7 +2,7 @@
 
 Nothing is decided otherwise, only sooner: what an operator must fix, or another consumer let go of, is looked at again
 every two seconds instead of every minute or five seconds; a silent server is given up after three, not thirty; who may
-have died has half a second to say that it lives, not five; and a settle of four changes moves positions, not of 64.
+have died has half a second to say that it lives, not five; and a settle of four changes moves positions, not of 256.
 """
 
 from __future__ import annotations

@@ -5,86 +5,72 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import replace
 
 import psycopg
 import pytest
 
-from cdc.core.model import SHARDS, Change, Processed, Waiting
-from cdc.core.read_planner import Sweep
-from cdc.core.read_reconciler import Settlement
-from cdc.core.shard_cursor import Position
-from cdc.core.type_filter import EVERYTHING
+from cdc.core.model import Change, Waiting
 from cdc.postgres import subscription
-from cdc.postgres.connect import connect_async
-from cdc.postgres.loaders import read_changes
-from cdc.postgres.subscription import SubscriptionStore
-from cdc.postgres.subscriptions import Subscription, Subscriptions
+from cdc.postgres.subscriptions import Subscriptions
 from tests.eventually import eventually_async
+from tests.subscription_reader import SubscriptionReader, left_behind, reading
 
 pytestmark = pytest.mark.server
 
-_EVERY_SHARD = Sweep({shard: Position(0, 0, 3) for shard in range(SHARDS)}, 1_000, 1)
 _PAUSE = 4_242
 """A lock that a settle waits for between its snapshot and the first position."""
-
-
-class Owner:
-    """A store whose process owns all shards, and the session that settles."""
-
-    def __init__(self, made: Subscription, session: psycopg.AsyncConnection, db: psycopg.Connection) -> None:
-        self.store = SubscriptionStore("public", made, 16, EVERYTHING)
-        self.made, self.session, self.db = made, session, db
-
-    def owns(self) -> None:
-        self.db.execute(
-            "UPDATE cdc_positions SET owner = %s WHERE subscription = %s", [self.store.process, self.made.number]
-        )
-
-    async def fresh(self) -> list[Change]:
-        return [row.change for row in (await self.store.sweep(self.session, _EVERY_SHARD)).rows]
-
-    async def due(self) -> list[Change]:
-        return [row.change for row in (await self.store.due(self.session, range(SHARDS), 100)).rows]
-
-    async def advance(self) -> None:
-        await self.store.advance(self.session, range(SHARDS))
-
-    async def settle(self, changes: Sequence[Change], outcome: Any = None, **options: Any) -> int:
-        batch = [Settlement(change, outcome or Processed()) for change in changes]
-        return (await self.store.settle(self.session, batch, **options)).missed
-
-    def pauses(self) -> None:
-        """Its next settles wait for a lock when they have their snapshot, before they look at a position."""
-        text = self.store._statements["settle_moving"]  # noqa: SLF001
-        begun = text.replace(
-            b"WITH ours AS MATERIALIZED (",
-            b"WITH pause AS MATERIALIZED (SELECT pg_advisory_xact_lock(%d)), ours AS MATERIALIZED (" % _PAUSE,
-        ).replace(b"WHERE p.owner = ", b"WHERE (SELECT count(*) FROM pause) = 1 AND p.owner = ")
-        assert begun.count(b"pause") == 2
-        self.store._statements["settle_moving"] = begun  # noqa: SLF001
+_FAILED = Waiting(0.0, "RuntimeError", summary="RuntimeError")
 
 
 @pytest.fixture
-async def owner(outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Owner]:
+async def owner(
+    outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[SubscriptionReader]:
     monkeypatch.setattr(subscription, "MOVING_MIN", 1)
     made, _ = Subscriptions("public").create(outbox_db, "search", start="beginning")
-    async with _session(outbox) as session:
-        owner = Owner(made, session, outbox_db)
+    async with reading(outbox, outbox_db, made) as owner:
         owner.owns()
         yield owner
 
 
 @asynccontextmanager
-async def _session(dsn: str) -> AsyncIterator[psycopg.AsyncConnection]:
-    session = await connect_async(
-        dsn, application_name="cdc: test", session={**SubscriptionStore.session, "lock_timeout": "1s"}
-    )
-    read_changes(session)
-    try:
-        yield session
-    finally:
-        await session.close()
+async def _begun(owner: SubscriptionReader, changes: Sequence[Change]) -> AsyncIterator[asyncio.Task[int]]:
+    """A settle of these that has its snapshot, and looks at no position before the block ends."""
+    statements = owner.store._statements  # noqa: SLF001 - there is no other way between a snapshot and a lock
+    text = statements["settle_moving"]
+    paused = text.replace(
+        b"WITH ours AS MATERIALIZED (",
+        b"WITH pause AS MATERIALIZED (SELECT pg_advisory_xact_lock(%d)), ours AS MATERIALIZED (" % _PAUSE,
+    ).replace(b"WHERE p.owner = ", b"WHERE (SELECT count(*) FROM pause) = 1 AND p.owner = ")
+    assert paused.count(b"pause") == 2
+    statements["settle_moving"] = paused
+    owner.db.execute("SELECT pg_advisory_lock(%s)", [_PAUSE])
+    settling = asyncio.create_task(owner.settle(changes))
+    await _waits(owner.db)
+    yield settling
+    owner.db.execute("SELECT pg_advisory_unlock(%s)", [_PAUSE])
+
+
+async def _waits(db: psycopg.Connection, on: str = "advisory") -> None:
+    """Until a session of this database waits for a lock of this kind."""
+
+    async def waits() -> bool:
+        found = db.execute(
+            "SELECT FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid)"
+            " WHERE NOT l.granted AND l.locktype = %s AND a.datname = current_database()",
+            [on],
+        )
+        return bool(found.fetchall())
+
+    await eventually_async(waits, what=f"a session waits for a lock ({on})")
+
+
+async def _nothing_is_left(owner: SubscriptionReader) -> bool:
+    """After the looks that come next."""
+    for _ in range(3):
+        await owner.advance()
+    return left_behind(owner.db) == []
 
 
 def _publish(db: psycopg.Connection, count: int, key: str = "k") -> None:
@@ -92,69 +78,38 @@ def _publish(db: psycopg.Connection, count: int, key: str = "k") -> None:
         db.execute("SELECT publish_change('x', %s)", [key])
 
 
-async def _waits(db: psycopg.Connection, on: str = "advisory") -> None:
-    """Until a session waits for a lock of this kind."""
-
-    async def waits() -> bool:
-        return bool(db.execute("SELECT FROM pg_locks WHERE NOT granted AND locktype = %s", [on]).fetchall())
-
-    await eventually_async(waits, what=f"a session waits for a lock ({on})")
-
-
-def _left(db: psycopg.Connection) -> list[Any]:
-    """Rows that say done of what a position has passed: nothing will ever remove them."""
-    return db.execute(
-        "SELECT s.seq FROM cdc_subscription_changes AS s JOIN cdc_positions AS p USING (subscription, shard)"
-        " WHERE s.seq <= p.seq AND s.next_attempt_at IS NULL AND s.dead_at IS NULL"
-    ).fetchall()
-
-
 async def test_a_retry_marked_between_the_snapshot_and_the_lock_leaves_no_row(
-    owner: Owner, outbox: str, outbox_db: psycopg.Connection
+    owner: SubscriptionReader, outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     """One consumer: its transactional handler marks a retry while its session settles what is behind it."""
     _publish(outbox_db, 3)
     first, second, third = await owner.fresh()
     await owner.advance()
-    assert await owner.settle([first], Waiting(0.0, "RuntimeError", summary="RuntimeError")) == 0
+    assert await owner.settle([first], _FAILED) == 0
     [retried] = await owner.due()
-    owner.pauses()
-    outbox_db.execute("SELECT pg_advisory_lock(%s)", [_PAUSE])
-    settling = asyncio.create_task(owner.settle([second, third]))
-    await _waits(outbox_db)
-    with psycopg.connect(outbox) as handler:
-        [(xid,)] = handler.execute(*owner.store.take([retried], retried)).fetchall()
-        assert len(handler.execute(*owner.store.mark([retried], xid)).fetchall()) == 1
-    outbox_db.execute("SELECT pg_advisory_unlock(%s)", [_PAUSE])
+    async with _begun(owner, [second, third]) as settling:
+        with psycopg.connect(outbox) as handler:
+            [(xid,)] = handler.execute(*owner.store.take([retried], retried)).fetchall()
+            assert len(handler.execute(*owner.store.mark([retried], xid)).fetchall()) == 1
     assert await settling == 0
-    for _ in range(3):
-        await owner.advance()
-    assert _left(outbox_db) == []
+    assert await _nothing_is_left(owner)
 
 
 async def test_what_a_former_owner_has_passed_meanwhile_is_not_counted_again(
-    owner: Owner, outbox: str, outbox_db: psycopg.Connection
+    owner: SubscriptionReader, outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     _publish(outbox_db, 3)
     changes = await owner.fresh()
     await owner.advance()
-    owner.pauses()
-    outbox_db.execute("SELECT pg_advisory_lock(%s)", [_PAUSE])
-    settling = asyncio.create_task(owner.settle(changes))
-    await _waits(outbox_db)
-    former = SubscriptionStore("public", owner.made, 16, EVERYTHING)
-    async with _session(outbox) as session:
-        assert (await former.settle(session, [Settlement(changes[0], Processed())])).missed == 0
-        await former.advance(session, range(SHARDS))
-    outbox_db.execute("SELECT pg_advisory_unlock(%s)", [_PAUSE])
+    async with _begun(owner, changes) as settling, reading(outbox, outbox_db, owner.made) as former:
+        assert await former.settle([changes[0]]) == 0
+        await former.advance()
     assert await settling == 1, "the former owner was first"
-    for _ in range(3):
-        await owner.advance()
-    assert _left(outbox_db) == []
+    assert await _nothing_is_left(owner)
 
 
 async def test_a_row_that_says_done_and_is_locked_is_not_waited_for(
-    owner: Owner, outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    owner: SubscriptionReader, outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is of another change. A settle that does not move positions does not wait for it."""
     _publish(outbox_db, 3)
@@ -168,13 +123,11 @@ async def test_a_row_that_says_done_and_is_locked_is_not_waited_for(
         with pytest.raises(psycopg.errors.LockNotAvailable):
             await owner.settle([first, third])
         assert await owner.settle([first, third], around_locks=True) == 0
-    for _ in range(3):
-        await owner.advance()
-    assert _left(outbox_db) == []
+    assert await _nothing_is_left(owner)
 
 
 async def test_a_mark_of_several_shards_and_a_larger_settle_do_not_wait_for_each_other(
-    owner: Owner, outbox: str, outbox_db: psycopg.Connection
+    owner: SubscriptionReader, outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     """A former owner's handler has the change that is settled here as failed, and one of a shard that moves."""
     low, high = _keys(outbox_db)
@@ -192,7 +145,7 @@ async def test_a_mark_of_several_shards_and_a_larger_settle_do_not_wait_for_each
                 None, lambda: handler.execute(*owner.store.mark([first, third], xid)).fetchall()
             )
             await _waits(outbox_db, "transactionid")
-            assert await owner.settle([first], Waiting(0.0, "RuntimeError", summary="RuntimeError")) == 0
+            assert await owner.settle([first], _FAILED) == 0
         marked = await marking
     assert sorted(at is not None for at, _ in marked) == [False, True], "one was settled meanwhile"
 
@@ -207,15 +160,15 @@ def _keys(db: psycopg.Connection) -> tuple[str, str]:
 
 
 async def test_a_change_that_is_given_and_waits_behind_another_session_is_met_once(
-    owner: Owner, outbox_db: psycopg.Connection
+    owner: SubscriptionReader, outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     """Of what is passed, a row of another session counts as that of who was first."""
     _publish(outbox_db, 4)
     changes = await owner.fresh()
     await owner.advance()
-    other = Owner(owner.made, owner.session, outbox_db)
-    assert await other.settle([changes[1]], Waiting(60.0, "RuntimeError", summary="RuntimeError")) == 0
-    assert await other.settle([changes[2]]) == 0
+    async with reading(outbox, outbox_db, owner.made) as other:
+        assert await other.settle([changes[1]], replace(_FAILED, delay_s=60.0)) == 0
+        assert await other.settle([changes[2]]) == 0
     assert await owner.settle(changes) == 2
     assert outbox_db.execute("SELECT seq, next_attempt_at > now() FROM cdc_subscription_changes").fetchall() == [
         (changes[1].seq, True)

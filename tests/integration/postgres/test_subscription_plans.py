@@ -18,16 +18,8 @@ pytestmark = pytest.mark.server
 
 _PLACEHOLDER = re.compile(rb"%\((\w+)\)s|%%")
 _READS = (
-    "fetch",
-    "fetch_some",
-    "sweep",
-    "sweep_some",
-    "read_keys",
-    "advance",
-    "settle_moving",
-    "figures",
-    "coalesced ask",
-)
+    "fetch", "fetch_some", "sweep", "sweep_some", "read_keys", "advance", "settle_moving", "figures", "coalesced ask",
+)  # fmt: skip
 """What walks changes: two halves, merged."""
 STATEMENTS = {
     **statements("public"),

@@ -11,6 +11,7 @@ import asyncio
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -37,6 +38,7 @@ from cdc.postgres.connect import connect_async
 from cdc.postgres.loaders import read_changes
 from cdc.postgres.subscription import SubscriptionStore
 from cdc.postgres.subscriptions import Subscriptions
+from tests.subscription_reader import EVERY_SHARD, left_behind, reading
 from tests.subscriptions import states_of
 
 pytestmark = pytest.mark.server
@@ -45,8 +47,6 @@ _SHARD = 5
 _KEYS = 3
 """All in that shard: a transaction that is open has lower numbers there than others have committed."""
 _WRITERS = 3
-_EVERY_SHARD = Sweep({shard: Position(0, 0, 3) for shard in range(SHARDS)}, 1_000, 1)
-"""One page has all that a sequence writes."""
 _MANY = settings(
     max_examples=20, stateful_step_count=50, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
@@ -146,7 +146,7 @@ class Machine(RuleBasedStateMachine):
     # --- a subscription --------------------------------------------------------------------------------------------
 
     def _fresh(self, reads: Reads) -> list[Row]:
-        page = self.run(reads.store.sweep(self.session, _EVERY_SHARD))
+        page = self.run(reads.store.sweep(self.session, EVERY_SHARD))
         return list(page.rows)
 
     def _due(self, reads: Reads) -> list[Row]:
@@ -284,11 +284,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def what_a_position_has_passed_leaves_nothing_behind(self) -> None:
-        left = self.db.execute(
-            "SELECT s.seq FROM cdc_subscription_changes AS s JOIN cdc_positions AS p USING (subscription, shard)"
-            " WHERE s.seq <= p.seq AND s.next_attempt_at IS NULL AND s.dead_at IS NULL"
-        ).fetchall()
-        assert left == []
+        assert left_behind(self.db) == []
 
     @invariant()
     def no_position_reaches_an_open_transaction(self) -> None:
@@ -343,13 +339,13 @@ async def test_what_another_one_has_started_and_gives_back_is_never_behind_who_h
     session = await connect_async(outbox, application_name="cdc: test", session=SubscriptionStore.session)
     read_changes(session)
     try:
-        earlier, later = (row.change for row in (await first.sweep(session, _EVERY_SHARD)).rows)
+        earlier, later = (row.change for row in (await first.sweep(session, EVERY_SHARD)).rows)
         assert await first.start(session, [earlier], ["work"]) == {earlier.id}
-        [row] = (await second.sweep(session, _EVERY_SHARD)).rows
+        [row] = (await second.sweep(session, EVERY_SHARD)).rows
         assert (row.change.seq, row.blocked) == (later.seq, True)
         await first.unstart(session, [earlier])
         behind = Sweep(
-            {**_EVERY_SHARD.positions, later.shard: Position(later.seq, later.seq, await _next_xid(session))}, 1_000, 2
+            {**EVERY_SHARD.positions, later.shard: Position(later.seq, later.seq, await _next_xid(session))}, 1_000, 2
         )
         assert (await second.sweep(session, behind)).rows == [], "it has read on"
         [row] = (await second.fetch(session, [WakeUp(later.seq, later.shard)])).rows
@@ -366,24 +362,18 @@ async def test_no_start_is_recorded_behind_a_change_of_its_key_that_another_sess
 ) -> None:
     """It would wait and be due, where the one before it is fresh: nothing would hold it back."""
     made, _ = Subscriptions("public").create(outbox_db, "search", start="beginning")
-    store = SubscriptionStore("public", made, 16, EVERYTHING)
     for key in ("k", "k", "other"):
         outbox_db.execute("SELECT publish_change('x', %s)", [key])
-    session = await connect_async(outbox, application_name="cdc: test", session=SubscriptionStore.session)
-    read_changes(session)
-    try:
-        rows = (await store.sweep(session, _EVERY_SHARD)).rows
-        taken, behind, other = sorted((row.change for row in rows), key=lambda change: change.seq)
+    async with reading(outbox, outbox_db, made) as reader:
+        taken, behind, other = await reader.fresh()
+        start = partial(reader.store.start, reader.session)
         with psycopg.connect(outbox) as handler:
-            handler.execute(*store.take([taken], taken))
-            assert await store.start(session, [taken, behind, other], ["work"] * 3) == {other.id}
-        due = (await store.due(session, range(SHARDS), 10)).rows
-        assert [row.change.seq for row in due] == [other.seq]
-        assert await store.start(session, [taken, behind], ["work"] * 2) == {taken.id, behind.id}
-        due = (await store.due(session, range(SHARDS), 10)).rows
+            handler.execute(*reader.store.take([taken], taken))
+            assert await start([taken, behind, other], ["work"] * 3) == {other.id}
+        assert [change.seq for change in await reader.due()] == [other.seq]
+        assert await start([taken, behind], ["work"] * 2) == {taken.id, behind.id}
+        due = (await reader.store.due(reader.session, range(SHARDS), 10)).rows
         assert {row.change.seq: row.blocked for row in due} == {taken.seq: False, behind.seq: True, other.seq: False}
-    finally:
-        await session.close()
 
 
 async def _next_xid(session: psycopg.AsyncConnection) -> int:
