@@ -42,7 +42,7 @@ from cdc.postgres.pages import (
     Place,
     Settled,
     change_row,
-    ended_by,
+    cut_short,
     page_of,
 )  # fmt: skip
 from cdc.postgres.sql_files import NONE_STANDS, load
@@ -209,7 +209,7 @@ class Store:
         counts = Counter(row.change.shard for row in page.rows)
         last = {row.change.shard: row.change.seq for row in page.rows}
         ends = {shard: Scanned(seq, counts[shard] >= sweep.per_shard) for shard, seq in last.items()}
-        return page._replace(scanned=ended_by(page.cut, ends))
+        return page._replace(scanned=ends | cut_short(page))
 
     async def _sweep_some(
         self, reader: psycopg.AsyncConnection, sweep: Sweep, parameters: dict[str, Any]
@@ -218,18 +218,15 @@ class Store:
         scan = max(sweep.per_shard, _SCAN_MAX // len(sweep.positions))
         parameters |= {"types": list(sweep.scope.types), "among": sweep.scope.include, "scan": scan}
         records = await self._rows(reader, "sweep_some", parameters)
-        page = await self._page(reader, records, first_column=3)
-        records = [record for record in records if record[5] is not None]
-        counts = Counter(row.change.shard for row in page.rows)
-        # By shard; of several rows the last one is kept.
-        last = {row.change.shard: (row.change.seq, record[2]) for row, record in zip(page.rows, records, strict=False)}
+        found = [record for record in records if record[2] is None]
+        page = await self._page(reader, found or [(*records[0][:4], None)], first_column=4)
+        # Of each shard the last row: that of a full page, or the one without a change.
+        last = {record[5]: record for record in records if record[5] is not None}
         scanned = {
-            shard: Scanned(seq, place >= scan or counts[shard] >= sweep.per_shard)
-            for shard, (seq, place) in last.items()
+            shard: Scanned(seq, more=True) if reached is None else Scanned(reached, walked >= scan)
+            for shard, (_, _, reached, walked, seq, *_) in last.items()
         }
-        named, include = sweep.scope  # ``has``, whose call each row would pay for
-        wanted = [row for row in page.rows if (row.change.entity_type in named) is include]
-        return page._replace(rows=wanted, scanned=ended_by(page.cut, scanned))
+        return page._replace(scanned=scanned | cut_short(page))
 
     async def read_keys(
         self, reader: psycopg.AsyncConnection, key_reads: Sequence[KeyRead], per_key: int

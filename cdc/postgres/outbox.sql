@@ -211,19 +211,30 @@ FROM horizon LEFT JOIN LATERAL (
          AS want(shard, floor, cursor, since)
     CROSS JOIN LATERAL (
       SELECT {texts} FROM {source} AS n
-      WHERE n.shard = want.shard AND n.seq > want.floor
-        AND (n.seq > want.cursor OR age(n.xmin) <= age(want.since::xid))
-        AND {fresh} AND {readable}
+      WHERE {next_ones} AND {fresh} AND {readable}
       ORDER BY n.seq
       LIMIT %(per_shard)s
     ) AS f
   ) AS c
 ) AS row ON true
 
+-- name: next_ones
+-- Not a statement: whether a sweep of the shard that is asked for comes to n.
+n.shard = want.shard AND n.seq > want.floor AND (n.seq > want.cursor OR age(n.xmin) <= age(want.since::xid))
+
+-- name: maybe_fresh
+-- Not a statement: whether n is where fresh ones are, as the index has it: others may be there, too.
+{fresh}
+
+-- name: no_texts
+-- Not a statement: in the place of the texts of n, of a shard in which there is none.
+NULL, want.shard, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+
 -- name: sweep_some
--- The same, but only changes of these types, or (not among) only of others. At most ``scan`` rows of a shard are
--- examined: a backlog of any length may lie before the wanted ones. The last row examined is returned whatever its
--- type, with the place of each row among them, so that the reader learns how far the scan got.
+-- The same, but only changes of these types, or (not among) only of others. At most ``scan`` rows of a shard are examined:
+-- a backlog of any length may lie before the wanted ones. Where that gave less than a page, a row without a change says how
+-- far they reach, and how many there were. They are walked again for it: LIMIT has that wait until the wanted ones are out,
+-- and most of the time they fill the page. To number each row while it is read would cost each a fifth more.
 WITH horizon AS MATERIALIZED (
   SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
          pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
@@ -231,26 +242,28 @@ WITH horizon AS MATERIALIZED (
 )
 SELECT horizon.xmin, horizon.next_xid, row.*
 FROM horizon LEFT JOIN LATERAL (
-  SELECT c.place, {columns}
+  SELECT c.reached, c.walked, {columns}
   FROM (
     SELECT f.*, {fits}
     FROM unnest(%(shards)s::smallint[], %(floors)s::bigint[], %(cursors)s::bigint[], %(since)s::text[])
          AS want(shard, floor, cursor, since)
     CROSS JOIN LATERAL (
-      SELECT n.place, {texts} FROM (
-        SELECT *, row_number() OVER by_seq AS place, lead(l.seq) OVER by_seq IS NULL AS is_last
+      (
+        SELECT NULL::bigint AS reached, NULL::bigint AS walked, {texts}
         FROM (
-          SELECT * FROM {source} AS n
-          WHERE n.shard = want.shard AND n.seq > want.floor
-            AND (n.seq > want.cursor OR age(n.xmin) <= age(want.since::xid))
-            AND {fresh} AND {readable}
+          SELECT n.* FROM {source} AS n
+          WHERE {next_ones} AND {maybe_fresh}
           ORDER BY n.seq
           LIMIT %(scan)s
-        ) AS l
-        WINDOW by_seq AS (ORDER BY l.seq)
-      ) AS n
-      WHERE n.is_last OR (coalesce(n.entity_type, n.table_name) = ANY (%(types)s::text[])) = %(among)s
-      ORDER BY n.seq
+        ) AS n
+        WHERE (coalesce(n.entity_type, n.table_name) = ANY (%(types)s::text[])) = %(among)s AND {fresh} AND {readable}
+        ORDER BY n.seq
+        LIMIT %(per_shard)s
+      )
+      UNION ALL
+      SELECT max(w.seq), count(*), {no_texts}
+      FROM (SELECT n.seq FROM {source} AS n WHERE {next_ones} AND {maybe_fresh} ORDER BY n.seq LIMIT %(scan)s) AS w
+      HAVING count(*) > 0
       LIMIT %(per_shard)s
     ) AS f
   ) AS c

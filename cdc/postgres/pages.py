@@ -135,9 +135,12 @@ class Barrier:
     clear: bool
 
 
-def ended_by(cut: Sequence[WakeUp], ends: dict[int, Scanned]) -> dict[int, Scanned]:
-    """How far a sweep got whose page was full before the changes in ``cut``."""
-    return ends | {shard: Scanned(ends[shard].seq if shard in ends else 0, more=True) for _, shard in cut}
+def cut_short(page: OutboxPage) -> dict[int, Scanned]:
+    """How far a sweep got in the shards in which its page was full before the last change that it found."""
+    if not page.cut:
+        return {}
+    last = {row.change.shard: row.change.seq for row in page.rows}
+    return {shard: Scanned(last.get(shard, 0), more=True) for _, shard in page.cut}
 
 
 _PAGE, _SNAPSHOT, _NO_OTHERS = fast_make(OutboxPage), fast_make(Snapshot), frozenset[int]()

@@ -42,6 +42,10 @@
 -- Not a statement: whether n of the shard that is asked for is fresh.
 n.seq > {position} AND {row_of} IS NULL
 
+-- name: maybe_fresh
+-- Not a statement: as in outbox.sql.
+n.seq > {position}
+
 -- name: holds
 -- Not a statement: whether w holds back the later changes of its key.
 w.next_attempt_at IS NOT NULL AND (w.dead_at IS NULL OR w.next_attempt_at = 'infinity')

@@ -30,6 +30,7 @@ _TIMEOUT = "SELECT setting::float8 / 1000 FROM pg_catalog.pg_settings WHERE name
 """Returns seconds."""
 NUMBERS = {
     "texts": "n.seq, n.id, n.entity_type, n.table_name, n.old_data, n.new_data, n.metadata",
+    "no_texts": "NULL, NULL, NULL, NULL, NULL, NULL, NULL",
     "fits": "true AS fits",
     "columns": """
     coalesce(pg_column_size(c.old_data), 0) + coalesce(pg_column_size(c.new_data), 0)
