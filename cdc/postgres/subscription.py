@@ -233,7 +233,8 @@ class SubscriptionStore(Store):
     async def _settle_moving(self, session: psycopg.AsyncConnection, plain: Sequence[Change]) -> list[Any]:
         types, include = self.scope
         parameters = {
-            **self._numbers(plain), "types": list(types), "among": include, "between_max": _BETWEEN_MAX,
+            **self._numbers(plain), "lasts": _lasts(plain), "types": list(types), "among": include,
+            "between_max": _BETWEEN_MAX,
         }  # fmt: skip
         try:
             [(count, at, crowded)] = await self._rows(session, "settle_moving", parameters)
@@ -328,6 +329,14 @@ def _places(changes: Sequence[Change]) -> dict[str, str]:
     return {
         "seqs": as_array(change.seq for change in changes), "shards": as_array(change.shard for change in changes),
     }  # fmt: skip
+
+
+def _lasts(changes: Iterable[Change]) -> str:
+    """By shard, the highest number; 0: there is none."""
+    lasts = [0] * SHARDS
+    for change in changes:
+        lasts[change.shard] = max(lasts[change.shard], change.seq)
+    return as_array(lasts)
 
 
 def _keys(changes: Sequence[Change]) -> dict[str, list[Any]]:

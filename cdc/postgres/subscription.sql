@@ -274,20 +274,18 @@ SELECT count(*)::int, now() FROM done
 -- The same for many changes, by moving the positions themselves: what they pass needs no row, now or later. A position moves
 -- as far as it is proved, up to the first change that is open and not one of these; what is behind that one gets a row. Only
 -- the owner's session moves positions, and passes over those that a transactional handler's mark has locked. None moves
--- where more than so many rows lie between the positions: the last column says so.
+-- where more than so many rows lie between the positions: the last column says so. `lasts`: by shard, the highest of the
+-- numbers; 0: there is none.
 --
 -- A row that is met on the way: done by another session, which was first; or with a recorded start, which was ours; or
 -- waiting or dead, by another session, and stays.
 WITH ours AS MATERIALIZED (
-  SELECT p.shard, p.seq AS before, least(p.candidate, want.last) AS last
-  FROM (
-    SELECT w.shard, max(w.seq) AS last FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS w(seq, shard)
-    GROUP BY w.shard
-  ) AS want
-  JOIN {positions} AS p ON p.subscription = %(subscription)s::smallint AND p.shard = want.shard
-  WHERE p.owner = %(process)s::uuid AND p.candidate > p.seq
+  SELECT p.shard, p.seq AS before, least(p.candidate, (%(lasts)s::bigint[])[p.shard + 1]) AS last
+  FROM {positions} AS p
+  WHERE p.subscription = %(subscription)s::smallint AND p.owner = %(process)s::uuid
+    AND p.seq < p.candidate AND p.seq < (%(lasts)s::bigint[])[p.shard + 1]
     AND p.candidate_xid <= pg_snapshot_xmin(pg_current_snapshot())
-  FOR NO KEY UPDATE OF p SKIP LOCKED
+  FOR NO KEY UPDATE SKIP LOCKED
 ), moving AS MATERIALIZED (
   SELECT ours.shard, ours.before, coalesce((
     SELECT n.seq - 1 FROM {halves} AS n
@@ -297,10 +295,20 @@ WITH ours AS MATERIALIZED (
   ), ours.last) AS seq
   FROM ours
 ), ahead AS MATERIALIZED (
-  SELECT min(moving.before) FILTER (WHERE moving.seq > moving.before) AS lowest,
-    max(moving.seq) FILTER (WHERE moving.seq > moving.before) AS highest,
-    jsonb_object_agg(moving.shard, moving.before) AS befores, jsonb_object_agg(moving.shard, moving.seq) AS seqs
-  FROM moving
+  SELECT min(each.before) FILTER (WHERE each.seq > each.before) AS lowest, count(*) AS shards,
+    max(each.seq) FILTER (WHERE each.seq > each.before) AS highest,
+    array_agg(greatest(each.at, each.before) ORDER BY each.shard) AS ats,
+    array_agg(each.before ORDER BY each.shard) AS befores, array_agg(each.seq ORDER BY each.shard) AS seqs
+  FROM (
+    SELECT e.shard, max(e.at) AS at, max(e.before) AS before, max(e.seq) AS seq
+    FROM (
+      SELECT p.shard, p.seq AS at, 0::bigint AS before, 0::bigint AS seq FROM {positions} AS p
+      WHERE p.subscription = %(subscription)s::smallint
+      UNION ALL
+      SELECT moving.shard, 0, moving.before, moving.seq FROM moving
+    ) AS e
+    GROUP BY e.shard
+  ) AS each
 ), between AS MATERIALIZED (
   SELECT s.ctid AS place, s.seq, s.shard, coalesce({recorded}, false) AS recorded,
     s.next_attempt_at IS NULL AND s.dead_at IS NULL AS done
@@ -316,18 +324,15 @@ WITH ours AS MATERIALIZED (
     AND EXISTS (SELECT FROM passed)
 ), met AS MATERIALIZED (
   SELECT b.* FROM between AS b
-  WHERE b.seq > ((SELECT passed.befores FROM passed) ->> b.shard::text)::bigint
-    AND b.seq <= ((SELECT passed.seqs FROM passed) ->> b.shard::text)::bigint
+  WHERE b.seq > (SELECT passed.befores FROM passed)[b.shard + 1] AND b.seq <= (SELECT passed.seqs FROM passed)[b.shard + 1]
 ), gone AS (
   DELETE FROM {subscription_changes} AS s USING met
   WHERE s.ctid = met.place AND (met.done OR met.recorded)
     AND s.dead_at IS NULL AND (s.next_attempt_at IS NULL OR s.next_attempt_at = '-infinity')
-), at AS MATERIALIZED ({all_positions}), given AS MATERIALIZED (
-  SELECT want.seq, want.shard,
-    coalesce(want.seq <= ((SELECT passed.seqs FROM passed) ->> want.shard::text)::bigint, false) AS passed
+), given AS MATERIALIZED (
+  SELECT want.seq, want.shard, coalesce(want.seq <= (SELECT passed.seqs FROM passed)[want.shard + 1], false) AS passed
   FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
-  WHERE want.seq > (SELECT at.seqs FROM at WHERE cardinality(at.seqs) = %(shards_max)s + 1)[want.shard + 1]
-    AND want.seq > coalesce(((SELECT ahead.befores FROM ahead) ->> want.shard::text)::bigint, 0)
+  WHERE want.seq > (SELECT ahead.ats FROM ahead WHERE ahead.shards = %(shards_max)s + 1)[want.shard + 1]
 ), done AS (
   INSERT INTO {subscription_changes} AS s (seq, subscription, shard)
   SELECT given.seq, %(subscription)s::smallint, given.shard FROM given WHERE NOT given.passed

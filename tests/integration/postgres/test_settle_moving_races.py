@@ -42,7 +42,7 @@ async def _begun(owner: SubscriptionReader, changes: Sequence[Change]) -> AsyncI
     paused = text.replace(
         b"WITH ours AS MATERIALIZED (",
         b"WITH pause AS MATERIALIZED (SELECT pg_advisory_xact_lock(%d)), ours AS MATERIALIZED (" % _PAUSE,
-    ).replace(b"WHERE p.owner = ", b"WHERE (SELECT count(*) FROM pause) = 1 AND p.owner = ")
+    ).replace(b"AND p.owner = ", b"AND (SELECT count(*) FROM pause) = 1 AND p.owner = ")
     assert paused.count(b"pause") == 2
     statements["settle_moving"] = paused
     owner.db.execute("SELECT pg_advisory_lock(%s)", [_PAUSE])
