@@ -25,6 +25,9 @@ log = logging.getLogger("cdc")
 
 _CUT_OFF_S = 1.0
 """For tasks that were cancelled at the very end."""
+_OBJECTS_OF_EACH = 10
+"""That a change has while it is in the window, and the garbage collector counts: itself, its row, its key's queue."""
+_OBJECTS_MIN, _OBJECTS_MAX = 10_000, 100_000
 _OVERTIME_S = 20.0
 """Beyond the drain time, until a stop has failed; all its steps have limits of their own, which are less."""
 
@@ -33,7 +36,7 @@ def serve(chosen: Sequence[Chosen]) -> None:
     """Log, handle signals, run these consumers until one comes, drain, return. What is for all is in the first."""
     settings, _ = chosen[0]
     logs.setup(settings.log.level, settings.log.format)
-    spare_the_garbage_collector()
+    spare_the_garbage_collector(sum(settings.window for settings, _ in chosen))
     loop = _new_loop()
     try:
         loop.run_until_complete(_serve(chosen))
@@ -41,14 +44,14 @@ def serve(chosen: Sequence[Chosen]) -> None:
         _end(loop)
 
 
-def spare_the_garbage_collector() -> None:
-    """For a process that is only a consumer: a twelfth of the cost of a no-op change was the collector's.
+def spare_the_garbage_collector(changes: int) -> None:
+    """For a process that is only consumers, whose windows hold so many changes: it took a twelfth of the time.
 
-    What is loaded by now stays, and need not be scanned. The changes of a window are freed by reference counts; the
-    usual threshold of 700 would have them scanned while they are there.
+    What is loaded by now stays, and need not be scanned. The changes of a window are freed by reference counts: the
+    collector begins where there is more than they need, and not later than after some MB of garbage.
     """
     gc.freeze()
-    gc.set_threshold(10_000, 10, 10)
+    gc.set_threshold(min(max(_OBJECTS_MIN, _OBJECTS_OF_EACH * changes), _OBJECTS_MAX), 10, 10)
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

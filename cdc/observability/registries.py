@@ -25,19 +25,18 @@ class Registries(CollectorRegistry):
 
     def collect(self) -> Iterable[Metric]:
         families: dict[str, Metric] = {}
-        seen: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
+        seen = set[tuple[str, tuple[tuple[str, str], ...]]]()
         for name, registry in self._read().items():
             for family in registry.collect():
-                empty = Metric(family.name, family.documentation, family.type, family.unit)
-                kept = families.setdefault(family.name, empty)
+                kept = families.get(family.name)
+                if kept is None:
+                    kept = families[family.name] = Metric(family.name, family.documentation, family.type, family.unit)
+                if not family.name.startswith(_ONCE):
+                    kept.samples += [Sample(s.name, {**s.labels, LABEL: name}, *s[2:]) for s in family.samples]
+                    continue
                 for sample in family.samples:
-                    labelled = sample if family.name.startswith(_ONCE) else _with(sample, name)
-                    key = labelled.name, tuple(sorted(labelled.labels.items()))
+                    key = sample.name, tuple(sorted(sample.labels.items()))
                     if key not in seen:
                         seen.add(key)
-                        kept.samples.append(labelled)
+                        kept.samples.append(sample)
         return families.values()
-
-
-def _with(sample: Sample, subscription: str) -> Sample:
-    return sample._replace(labels={**sample.labels, LABEL: subscription})

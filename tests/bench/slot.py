@@ -32,7 +32,7 @@ _RING = "SELECT count(pg_logical_emit_message(true, %s, g || ',' || g %% 64)) FR
 def measure(server: TempServer, size: Size) -> list[Figure]:
     if not server.wal2json:
         raise LeftOutError("the server has no wal2json")
-    spare_the_garbage_collector()  # as ``cdc run`` does
+    spare_the_garbage_collector(0)  # as ``cdc run`` does
     with fresh_outbox(server) as connection:
         for turn in range(_TURNS):
             for reader in ("ours", "theirs"):
