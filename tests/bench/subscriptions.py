@@ -30,7 +30,7 @@ _QUIET_AFTER_S = 20.0
 """What a consumer does more of in its first seconds is not idleness."""
 _IDLE_S = 5
 """Times as long as a steady load: some statements come every 15 s only."""
-_LOOK_EVERY_S = 0.25
+_LOOK_EVERY_S = 0.5
 """Each look is an answer of the process that is measured, some milliseconds for each of its consumers. Of three in one
 process a third as many are taken, so that looks have the same share of the time."""
 _LOOKS_MIN = 3
