@@ -67,7 +67,7 @@ def database(admin_dsn: str, creation: sql.Composable) -> Iterator[str]:
     """The DSN of an empty database; at the end nobody may be left in it, and no slot."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(admin_dsn, autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE DATABASE {} {}").format(sql.Identifier(name), creation))
+        create_database(admin, name, creation)
         yield make_conninfo(admin_dsn, dbname=name)
         drop_database(admin, name)
 
@@ -77,6 +77,12 @@ def db(database: str) -> Iterator[psycopg.Connection]:
     """An autocommit connection to the test's own database."""
     with psycopg.connect(database, autocommit=True) as connection:
         yield connection
+
+
+def create_database(admin: psycopg.Connection, name: str, options: sql.Composable) -> None:
+    """Where there is a choice its pages are not copied into the log as well, which takes twice as long."""
+    strategy = sql.SQL("STRATEGY file_copy" if admin.info.server_version >= 150000 else "")
+    admin.execute(sql.SQL("CREATE DATABASE {} {} {}").format(sql.Identifier(name), options, strategy))
 
 
 def drop_database(admin: psycopg.Connection, name: str) -> None:

@@ -13,7 +13,7 @@ from psycopg.conninfo import make_conninfo
 
 from cdc.postgres import migrations
 from tests.bench.database import preload_history, preload_unprocessed
-from tests.fix_db import drop_database
+from tests.fix_db import create_database, drop_database
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def migrated_template(admin_dsn: str, creation: sql.Composable) -> Iterator[str]
     """The name of a database with the outbox installed in ``public``. Nobody may connect to it while it is copied."""
     name = f"template_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(admin_dsn, autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE DATABASE {} {}").format(sql.Identifier(name), creation))
+        create_database(admin, name, creation)
         with psycopg.connect(make_conninfo(admin_dsn, dbname=name), autocommit=True) as connection:
             migrations.install(connection, "public")
         yield name
@@ -32,9 +32,8 @@ def migrated_template(admin_dsn: str, creation: sql.Composable) -> Iterator[str]
 def copied_outbox(admin_dsn: str, template: str) -> Iterator[str]:
     """The DSN of a copy of the template, which is dropped in the end."""
     name = f"test_{uuid.uuid4().hex[:12]}"
-    copy = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
     with psycopg.connect(admin_dsn, autocommit=True) as admin:
-        admin.execute(copy)
+        create_database(admin, name, sql.SQL("TEMPLATE {}").format(sql.Identifier(template)))
         yield make_conninfo(admin_dsn, dbname=name)
         drop_database(admin, name)
 

@@ -93,14 +93,13 @@ def test_promtool_finds_no_fault_in_the_rules() -> None:
 
 
 def test_each_alert_fires_when_it_should_and_is_silent_when_not() -> None:
-    tests = Path(__file__).parent / "cdc.rules_test.yaml"
-    done = subprocess.run(
-        [needed("promtool"), "test", "rules", str(tests)], capture_output=True, text=True, check=False
-    )
+    files = [Path(__file__).parent / name for name in ("cdc.rules_test.yaml", "cdc.rules_days_test.yaml")]
+    done = subprocess.run([needed("promtool"), "test", "rules", *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     fired = {
         case["alertname"]
-        for test in yaml.safe_load(tests.read_text())["tests"]
+        for file in files
+        for test in yaml.safe_load(file.read_text())["tests"]
         for case in test.get("alert_rule_test", ())
         if case["exp_alerts"]
     }
