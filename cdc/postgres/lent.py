@@ -31,6 +31,7 @@ from psycopg.types import TypeInfo, TypesRegistry
 
 from cdc.postgres.link import AsyncGuardedConnection, GuardedConnection, cut
 from cdc.postgres.script import Script
+from cdc.postgres.watched import WatchedLink
 
 _BEGIN = b"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE NOT DEFERRABLE"
 """Whatever the database's defaults: above read committed a change would fail because of concurrent writes."""
@@ -168,10 +169,20 @@ class Lent(_Lent, GuardedConnection):
             return cast("Answers", self.wait(_answers(self.pgconn, message)))
 
 
-class AsyncLent(_Lent, AsyncGuardedConnection):
+class AsyncLent(_Lent, WatchedLink):
     """``Lent`` for an event loop."""
 
     _cursors = psycopg.AsyncCursor, psycopg.AsyncServerCursor
+
+    async def wait(self, gen: Any, *arguments: Any, **named: Any) -> Any:
+        """Left to psycopg: the pieces of a COPY, a stream or a pipeline, between which others have their turn; and what
+        names an interval, as it is resumed without an event.
+        """
+        link = self.pgconn
+        if arguments or named or link.transaction_status == TransactionStatus.ACTIVE or link.pipeline_status:
+            self.unwatch()
+            return await AsyncGuardedConnection.wait(self, gen, *arguments, **named)
+        return await super().wait(gen, *arguments, **named)
 
     async def exchange(self, message: bytes) -> Answers:
         async with self.lock:

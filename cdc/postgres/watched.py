@@ -1,13 +1,13 @@
-"""Connections for our own statements on an event loop: each costs fewer steps than with psycopg's.
+"""Connections on an event loop whose statements cost fewer steps than with psycopg's.
 
-**Answers.** psycopg wraps each wait in a timeout and an event, and registers the socket with the event loop for each.
-Here the event loop watches the socket from one answer to the next (``runtime/sockets``), until something comes that
-nobody waits for, such as the end of the link. One timer watches the limit of all answers, and looks at the link twice a
-second meanwhile, as psycopg does ten times a second: an event that is missed costs half a second. Whatever is not the
-usual case, an answer at once and nothing left to send, is left to psycopg.
+**Answers.** psycopg sets a timer for each wait, and registers the socket with the event loop for each. Here the event
+loop watches the socket from one answer to the next (``runtime/sockets``), until something comes that nobody waits
+for, such as the end of the link. One timer watches the limit of all answers, and looks at the link twice a second
+meanwhile, as psycopg does ten times a second: an event that is missed costs half a second. Whatever is not the usual
+case, an answer at once and nothing left to send, is left to psycopg.
 
-**Statements.** psycopg makes a cursor for each, looks up how each parameter is written and each column read, and
-whether it is prepared. ``rows`` does that once for a statement.
+**Statements** of our own. psycopg makes a cursor for each, looks up how each parameter is written and each column read,
+and whether it is prepared. ``rows`` does that once for a statement.
 """
 
 from __future__ import annotations
@@ -37,10 +37,59 @@ _LOOK_S = 0.5
 consumer that misses the end of its session goes on with shards that others have taken."""
 
 
-class WatchedConnection(AsyncGuardedConnection):
-    """For statements of our own; foreign code may COPY, where psycopg lets other tasks have their turn."""
+class WatchedLink(AsyncGuardedConnection):
+    """Whose answers are waited for as the head of this file says."""
 
     _watch: _SocketWatch | None = None
+
+    async def wait(self, gen: Any, interval: float = _INTERVAL_S, timeout: float | None = None) -> Any:  # noqa: ASYNC109 - psycopg's signature
+        self._waits += 1
+        if timeout is not None:
+            rest: Any = limited(self, gen)
+        else:
+            try:
+                state = next(gen)
+                watch = self._watch
+                if watch is None or watch.socket != self.pgconn.socket:
+                    watch = self._watch_socket()
+                answer = await watch.answer(gen, self.answer_limit_s) if state == WAIT_R else _Rest(gen, state)
+                if type(answer) is not _Rest:
+                    return answer
+                rest = limited(self, answer)
+            except StopIteration as ended:
+                return ended.value
+            except asyncio.CancelledError as interrupted:  # psycopg cancels the statement, and waits for its end
+                rest = _Rest(limited(self, gen), interrupted)
+            except _SilentError as silent:
+                self.unwatch()
+                raise close_silent(self, silent.waited_s) from None
+            except OSError as error:
+                self.unwatch()
+                raise psycopg.OperationalError("connection socket closed") from error
+            except BaseException:
+                self.unwatch()
+                raise
+        self.unwatch()
+        return await psycopg.AsyncConnection.wait(self, rest, interval, timeout)
+
+    def _watch_socket(self) -> _SocketWatch:
+        self.unwatch()
+        self._watch = _SocketWatch(self.pgconn.socket)
+        return self._watch
+
+    async def close(self) -> None:
+        self.unwatch()
+        await super().close()
+
+    def unwatch(self) -> None:
+        """Until the next answer, whoever else waits for the socket may have it to itself."""
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
+
+
+class WatchedConnection(WatchedLink):
+    """For statements of our own."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -100,50 +149,6 @@ class WatchedConnection(AsyncGuardedConnection):
         if name is None:
             self._statements.clear()
         yield from super()._deallocate(name)
-
-    async def wait(self, gen: Any, interval: float = _INTERVAL_S, timeout: float | None = None) -> Any:  # noqa: ASYNC109 - psycopg's signature
-        self._waits += 1
-        if timeout is not None:
-            rest: Any = limited(self, gen)
-        else:
-            try:
-                state = next(gen)
-                watch = self._watch
-                if watch is None or watch.socket != self.pgconn.socket:
-                    watch = self._watch_socket()
-                answer = await watch.answer(gen, self.answer_limit_s) if state == WAIT_R else _Rest(gen, state)
-                if type(answer) is not _Rest:
-                    return answer
-                rest = limited(self, answer)
-            except StopIteration as ended:
-                return ended.value
-            except asyncio.CancelledError as interrupted:  # psycopg cancels the statement, and waits for its end
-                rest = _Rest(limited(self, gen), interrupted)
-            except _SilentError as silent:
-                self._unwatch()
-                raise close_silent(self, silent.waited_s) from None
-            except OSError as error:
-                self._unwatch()
-                raise psycopg.OperationalError("connection socket closed") from error
-            except BaseException:
-                self._unwatch()
-                raise
-        self._unwatch()
-        return await psycopg.AsyncConnection.wait(self, rest, interval, timeout)
-
-    def _watch_socket(self) -> _SocketWatch:
-        self._unwatch()
-        self._watch = _SocketWatch(self.pgconn.socket)
-        return self._watch
-
-    async def close(self) -> None:
-        self._unwatch()
-        await super().close()
-
-    def _unwatch(self) -> None:
-        if self._watch is not None:
-            self._watch.end()
-            self._watch = None
 
 
 class _Statement:
