@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import inf
@@ -199,13 +199,14 @@ def judge(evidence: Evidence) -> Verdict:
     violations = [*_capture_faults(evidence), *_effect_faults(evidence), *_replay_faults(evidence)]
     violations += [*_stray_calls(evidence), *_truncate_faults(evidence), *sessions.late_starts()]
     truncates = _truncates(evidence)
+    written = {effect.seq for effect in evidence.effects}
     for key, changes in rows.items():
         violations += _chain_faults(key, changes, truncates[key[0]])
         violations += _read_faults(key, changes)
         violations += _latest_faults(key, changes, by_key[key])
         calls = list(_as_batches(changes, by_key[key]))
         violations += _due_faults(changes, calls)
-        violations += _end_faults(changes, calls, evidence.kills)
+        violations += _end_faults(changes, calls, written, evidence.kills)
         for replays in (False, True):
             violations += _order_faults(key, [row for row in changes if (row.replays is not None) is replays], calls)
         violations += _replay_order_faults(key, changes, calls, evidence)
@@ -255,16 +256,20 @@ def _capture_faults(evidence: Evidence) -> list[str]:
     return faults
 
 
-def _end_faults(changes: Sequence[Captured], calls: Sequence[Call], kills: int) -> Iterator[str]:
+def _end_faults(
+    changes: Sequence[Captured], calls: Sequence[Call], written: Container[int], kills: int
+) -> Iterator[str]:
     """Each change is processed, and a call of it returned; or dead, and all its attempts are accounted for.
 
     What was coalesced has the end of the change it was coalesced into, a later one of its key. The attempts of all are
-    those of the first.
+    those of the first. A call in a transaction may have returned, and its transaction may have failed: of what is not
+    ``written`` it counts as an attempt.
     """
     returned = {call.seq for call in calls if call.how == "returned"}
     spent: dict[int, set[int]] = defaultdict(set)
     for call in calls:
-        if call.spent:
+        undone = call.how == "returned" and call.key[0] in TRANSACTIONAL and call.seq not in written
+        if call.spent or undone:
             spent[call.seq].add(call.attempt)
     ends = {row.seq: row for row in changes if row.into is None}
     shown: dict[int, int] = defaultdict(int)

@@ -415,6 +415,18 @@ def test_the_judge_acquits_what_is_allowed() -> None:
     del poison.calls[2]
     poison.kills = 1
     assert judge(poison).violations == []
+    # A call that returned, of which the transaction took longer than it may: nothing is committed.
+    undone = _fine()
+    undone.captured[3] = undone.captured[3]._replace(state="dead", settled_at=60.0)
+    undone.calls[3] = undone.calls[3]._replace(how="failed")
+    undone.calls += [
+        Call("two", _PAID, 6, attempt, 38.0 + 4 * attempt, 39.0 + 4 * attempt, how)
+        for attempt, how in ((2, "returned"), (3, "failed"))
+    ]
+    del undone.effects[1]
+    assert judge(undone).violations == []
+    del undone.calls[-1]
+    assert any("lost: 6" in violation for violation in judge(undone).violations)
     # And one that was stopped meanwhile does not know it yet.
     stopped = replace(late, paused={"one": [Span(16.0, 40.0)]})
     stopped.calls.append(Call("one", _KEY, 2, 1, 41.0, 42.0, "cut off"))
